@@ -331,7 +331,7 @@ def reproduce(
                 if s.get("state") != "done" or s.get("key") != keys[b.tag]:
                     raise WebseerError(f"{job.name} reads from {b.name}, which is {'outdated' if s else 'not run yet'}: run that first, or leave out --only")
         say(f"{head}: {reason}")
-        _run(job, key, parts, fresh=job.stamp().get("key") != key or reason == "forced" or job.stamp().get("state") == "done", say=say, head=head)
+        _run(job, key, parts, fresh=bool(stamp) and (stamp.get("key") != key or stamp.get("state") == "done"), say=say, head=head)
         write_manifest(p, jobs)
     manifest = write_manifest(p, jobs)
     say(f"all done in {_clock(time.monotonic() - start)}; manifest {manifest}, figures {figures_dir(p)}")

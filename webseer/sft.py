@@ -123,11 +123,11 @@ def train(
     if (done / 'model.safetensors').exists(): return done
     torch.set_num_threads(1); set_seed(seed); codec = Codec()
     model = init_weights(Qwen2(ModelConfig.of(profile, codec.n)), seed)
-    if not (folder.parent / 'untrained' / 'checkpoint').exists(): save_checkpoint(folder.parent / 'untrained' / 'checkpoint', model, codec, dict(stage='untrained', seed=seed))
     opt = torch.optim.AdamW(model.parameters(), lr=profile.sft_lr, betas=(.9, .98), weight_decay=.01)
-    first = (load_state(state, model, opt) or dict(step=0))['step']; keep_rows(folder / 'metrics.jsonl', first)
     verdicts = torch.tensor([codec.encode(THOUGHTS[k])[0] for k in ('right', 'wrong')])
-    stream = batch_stream(*load_data(profile, seed, codec), profile.sft_steps, profile.sft_tokens, seed); rows, seen = [], 0
+    stream = batch_stream(*load_data(profile, seed, codec), profile.sft_steps, profile.sft_tokens, seed); rows = []
+    if not (folder.parent / 'untrained' / 'checkpoint').exists(): save_checkpoint(folder.parent / 'untrained' / 'checkpoint', model, codec, dict(stage='untrained', seed=seed))
+    first = (load_state(state, model, opt) or dict(step=0))['step']; keep_rows(folder / 'metrics.jsonl', first)
     stop = min(profile.sft_steps, steps or profile.sft_steps)
     for step, batch in enumerate(tqdm(stream, total=stop, desc='sft', mininterval=5)):
         if step < first: continue
