@@ -502,7 +502,8 @@ def fig_evidence(
         ax.plot(r.calls, r['mean']*100, marker=look['marker'], color=look['color'], zorder=3, markersize=7 if r.stage in STYLE else 8, linestyle='none',
                 markerfacecolor='white' if r['mode'] == 'sampled' else look['color'], markeredgewidth=1.3)
         if r.stage not in STYLE:
-            ax.annotate(LABELS.get(r.stage, r.stage), (r.calls, r['mean']*100), (-6, 6), textcoords='offset points', ha='right', fontsize=8, color='#333333')
+            last = len(line) and r.calls == line.calls.max()  # labels stand to the left; the last one would cover its neighbour's
+            ax.annotate(LABELS.get(r.stage, r.stage), (r.calls, r['mean']*100), (8, -3) if last else (-6, 6), textcoords='offset points', ha='left' if last else 'right', fontsize=8, color='#333333')
     ax.set_xlabel('mean tool calls per question, submit_answer included'); percent_axis(ax)
     ax.set_xlim(table.calls.min() - .17*span, table.calls.max() + .06*span)
     ax.grid(True, axis='both')
