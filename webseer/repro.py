@@ -239,7 +239,7 @@ def _git(*args):
 
 def versions() -> dict[str, str]:  # package -> version
     "The versions that matter for the numbers (packages that are not installed are left out)."
-    out = {"python": platform.python_version(), "platform": platform.platform(terse=True), "machine": platform.machine(), "cpus": os.cpu_count()}
+    out = {"python": platform.python_version(), "platform": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()}
     for name in ("webseer", "torch", "numpy", "bm25s", "tokenizers", "transformers", "safetensors", "matplotlib", "papermill", "nbdev"):
         try: out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: continue
@@ -249,16 +249,19 @@ def write_manifest(
     profile: Profile,
     jobs: list[Job],
 ) -> Path:
-    "Gather the stamps of a run into `manifest.json`."
-    status = _git("status", "--porcelain")
+    "Gather the stamps of a run into `manifest.json`; a copy stands beside the figures, so that they tell where they come from."
+    status = _git("status", "--porcelain", "--", ".", ":!figures")
     steps = {}
     for job in jobs:
         if s := job.stamp():
             steps[job.tag] = {k: s.get(k) for k in ("state", "key", "seconds", "finished", "commit", "dirty")} | {"files": len(s.get("files", {}))}
-    return write_json(run_dir(profile)/"manifest.json", {
+    manifest = {
         "profile": profile.name, "settings": profile.part() | {"checkpoint_every": profile.checkpoint_every}, "fingerprint": profile.fingerprint(),
         "seeds": sorted({j.seed for j in jobs if j.seed is not None}), "commit": _git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None,
-        "versions": versions(), "steps": steps, "seconds": round(sum(s["seconds"] or 0 for s in steps.values()), 1)})
+        "versions": versions(), "steps": steps, "seconds": round(sum(s["seconds"] or 0 for s in steps.values()), 1)}
+    figures = figures_dir(profile); figures.mkdir(parents=True, exist_ok=True)
+    write_json(figures/"manifest.json", manifest)
+    return write_json(run_dir(profile)/"manifest.json", manifest)
 
 # %% ../nbs/14_repro.ipynb #d279f7d4
 def plan(
