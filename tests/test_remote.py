@@ -225,3 +225,20 @@ def test_serve_until_interrupted():
         out, err = p.communicate(timeout=20)
     finally: p.kill()
     assert out.strip() == "bye" and "Traceback" not in err
+
+
+def test_asynchronous_tools_answer_as_those_in_process():
+    import asyncio
+    from webseer.retrieval import MiniWeb
+    from webseer.tools import AsyncTools, ToolError, Tools
+    from webseer.world import World, WorldConfig, query_text
+    web = MiniWeb(World("async", WorldConfig(n_entities=6)))
+    with running_server(web) as url:
+        here, there = Tools(web), AsyncTools(RemoteRetriever(url))
+        calls = [("search", dict(query=query_text(r, e, w))) for e, r in list(web.world.facts)[:12] for w in (0, 1)]
+        calls += [("query_on_page", dict(url=u, question=f"Who is the star of {p.title}?")) for u, p in list(web.world.pages.items())[:12]]
+
+        async def both():
+            with pytest.raises(ToolError, match="No page"): await there.call("query_on_page", dict(url="https://nowhere.example/X", question="?"))
+            return await asyncio.gather(*(there.call(*c) for c in calls))
+        assert asyncio.run(both()) == [here.call(*c) for c in calls]

@@ -120,7 +120,8 @@ async def rollout(
     policy.start(t)
     try:
         for _ in range(budget.max_turns):
-            reply = await policy.act(t)
+            try: reply = await policy.act(t)
+            except getattr(policy, 'passing', ()) as e: t.stop, t.meta['error'] = 'error', str(e); break
             _record_tokens(t, reply)
             await _take_turn(t, reply, tools, budget)
             if not t.stop and reply.ids is not None and len(t.ids) >= budget.max_tokens: t.stop = 'max_tokens'

@@ -93,6 +93,8 @@ def reply_text(
 # %% ../nbs/06a_endpoint.ipynb #0783eea6
 class EndpointPolicy:
     "A policy that asks an OpenAI-compatible server."
+    passing = (DeadlineExceeded, Transient)  # these end one rollout, not all of them
+
     def __init__(
         self,
         base_url: str,  # such as http://127.0.0.1:8000/v1; without a path, /v1 is added
