@@ -2,8 +2,9 @@
 
     python bench/engine.py [--questions 64] [--threads 1]
 
-Both loops play the same questions greedily with the same weights. `generate` is called once per turn on the left-padded
-conversations of all live rollouts, the way a training script without an engine of its own does it.
+All loops play the same questions greedily with the same weights. `generate` is called once per turn on whole conversations:
+of one rollout after the other (the plain loop that most example scripts have), and left-padded for all live rollouts at
+once (what a careful script does).
 """
 import argparse, tempfile, time
 from pathlib import Path
@@ -61,11 +62,12 @@ if __name__ == '__main__':
     play(ModelPolicy(model, codec))                                            # warm up
     ours, t_ours = timed(lambda: play(ModelPolicy(model, codec)))
     theirs, t_theirs = timed(lambda: play(GeneratePolicy(hf, codec)))
-    n, same = sum(len(t.ids) for t in ours), sum(a.ids == b.ids for a, b in zip(ours, theirs))
-    print(f'{len(jobs)} rollouts, {n / len(jobs):.0f} tokens each, {a.threads} thread(s), torch {torch.__version__}')
-    print(f'sampler    {len(jobs) / t_ours:8.1f} rollouts/s {n / t_ours:9.0f} tokens/s')
-    print(f'generate   {len(jobs) / t_theirs:8.1f} rollouts/s {sum(len(t.ids) for t in theirs) / t_theirs:9.0f} tokens/s')
-    print(f'ratio      {t_theirs / t_ours:8.1f} x; {same} of {len(jobs)} rollouts identical')
+    few = jobs[:min(len(jobs), 16)]
+    singly, t_singly = timed(lambda: [run_sync(rollouts(GeneratePolicy(hf, codec), [j], budget))[0] for j in few])
+    print(f'{len(jobs)} rollouts, {sum(len(t.ids) for t in ours) / len(jobs):.0f} tokens each, {a.threads} thread(s), torch {torch.__version__}')
+    for name, ts, t in (('sampler', ours, t_ours), ('generate, batched', theirs, t_theirs), (f'generate, one by one ({len(few)})', singly, t_singly)):
+        speed = len(ts) / t; same = sum(x.ids == y.ids for x, y in zip(ours, ts))
+        print(f'{name:28}{speed:8.1f} rollouts/s {sum(len(x.ids) for x in ts) / t:9.0f} tokens/s   sampler is {len(ours) / t_ours / speed:5.1f} x; {same} of {len(ts)} rollouts identical')
     batch = [encode_messages(codec, t.messages) for t in ours]; batch = [b for b in batch if sum(b[1])][:12]
     opt = torch.optim.AdamW(model.parameters(), lr=0.)
     def step():

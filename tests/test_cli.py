@@ -32,7 +32,7 @@ def test_help():
     (("ask", "--stage", "srl"), "did you mean 'srrl'"),
     (("analyze", "nowhere.json"), "nowhere.json does not exist"),
     (("analyze", "tests"), "is a folder"),
-    (("serve", "--port", "99999"), "port 99999 does not exist"),
+    (("serve", "--port", "99999"), "port 99999 is not a number from 0 to 65535"),
 ])
 def test_refusals(args, says): refused(webseer(*args), says)
 
@@ -41,7 +41,7 @@ def test_occupied_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
-        refused(webseer("serve", "--port", s.getsockname()[1]), "choose another with --port")
+        refused(webseer("serve", "--port", s.getsockname()[1]), "choose another port")
 
 
 def test_analyze_truncated_and_foreign(tmp_path):

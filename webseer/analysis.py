@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'MODES', 'LADDER', 'LABELS', 'SHORT', 'ROW_KEYS', 'SAME_ROW', 'STYLE', 'CURVES', 'DEPTHS', 'DEPTH_NAMES',
-           'BUCKETS', 'PAIRS', 'FIGURES', 'run_folder', 'read_checked', 'load_rows', 'load_metrics', 'load_passk',
-           'cluster_interval', 'pair_up', 'paired_difference', 'points', 'style', 'describe', 'missing', 'finish',
-           'save_figure', 'draw_points', 'percent_axis', 'smooth', 'fig_learning', 'depth_bin', 'depth_table',
+           'BUCKETS', 'PANELS', 'PAIRS', 'FIGURES', 'run_folder', 'read_checked', 'load_rows', 'load_metrics',
+           'load_passk', 'cluster_interval', 'pair_up', 'paired_difference', 'points', 'style', 'describe', 'missing',
+           'finish', 'save_figure', 'draw_points', 'percent_axis', 'smooth', 'fig_learning', 'depth_bin', 'depth_table',
            'fig_depth', 'fig_accuracy', 'fig_budget', 'submission_rows', 'fig_submissions', 'fig_evidence', 'bucket',
-           'bucket_tables', 'fig_buckets', 'results_table', 'difference_table', 'markdown', 'spread',
+           'bucket_tables', 'fig_buckets', 'fig_switches', 'results_table', 'difference_table', 'markdown', 'spread',
            'results_markdown', 'make_figures']
 
 # %% ../nbs/12_analysis.ipynb #052f8dea
@@ -175,8 +175,8 @@ STYLE = {'untrained': dict(color='#999999', marker='X', linestyle=(0, (1, 1.5)),
 def style(
 )->None:
     "Set the plot style: used by every figure, here and in the notebooks."
-    import matplotlib as mpl
-    mpl.rcParams.update({
+    import seaborn
+    seaborn.set_theme(context='paper', style='whitegrid', palette=[s['color'] for s in STYLE.values()], rc={
         'figure.constrained_layout.use': True, 'figure.dpi': 110, 'savefig.dpi': 200, 'figure.facecolor': 'white',
         'font.family': 'DejaVu Sans', 'font.size': 9, 'axes.titlesize': 9.5, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
         'axes.labelsize': 9, 'legend.fontsize': 8.5, 'legend.frameon': False, 'xtick.labelsize': 8.5, 'ytick.labelsize': 8.5,
@@ -568,6 +568,33 @@ def fig_buckets(
                'Lower row: difference on the same questions, seeds pooled, n = pairs. ' + ' '.join(f'{m}: {x}' for m in modes if (x := missing(rows, m, ('sft', 'single', 'srrl'))))).strip()
     finish(fig, 'Single-submission RL and SRRL by difficulty for SFT', caption, set(rows[rows['mode'].isin(modes)].stage) & {'sft', 'single', 'srrl'})
     return fig, pd.concat(tables), caption
+
+# %% ../nbs/12_analysis.ipynb #e70438eb
+PANELS = (('greedy', 'correct', 'Greedy accuracy', 'first submission right (%)'), ('sampled', 'correct', 'Sampled accuracy', 'first submission right (%)'),
+          ('greedy', 'n_check', 'Checks', 'yes/no checks per question, greedy'))
+
+def fig_switches(
+    runs:dict,  # label of a profile -> its evaluation rows, in drawing order
+):              # (figure, table, caption) or None
+    "Accuracy and checks of the trained stages, one group per profile."
+    import matplotlib.pyplot as plt, pandas as pd
+    keep = ['mode', 'stage', 'seed', 'world', 'qid', 'correct', 'n_check']
+    frames = [r.loc[r.stage.isin(STAGES[1:]), keep].assign(profile=pd.Categorical([label]*int(r.stage.isin(STAGES[1:]).sum()), list(runs))) for label, r in runs.items()]
+    rows = pd.concat(frames) if frames else pd.DataFrame(columns=keep)
+    if not len(rows): return None
+    place, tables = {label: i for i, label in enumerate(runs)}, []
+    fig, axes = plt.subplots(1, 3, figsize=(8, 2.9), sharey=False)
+    for ax, (mode, column, title, unit) in zip(axes, PANELS):
+        t = points(rows[rows['mode'] == mode], 'profile', column, STAGES[1:])
+        draw_points(ax, t, 'profile', line=False, scale=100 if column == 'correct' else 1, positions=place)
+        ax.set_xticks(list(place.values()), list(place), rotation=20, ha='right'); ax.set_xlim(-.6, len(place) - .4); ax.set_title(title)
+        percent_axis(ax, unit) if column == 'correct' else ax.set(ylabel=unit, ylim=(0, None))
+        tables.append(t.assign(mode=mode, quantity=column))
+    caption = ('Each profile differs from the default in one setting. ' + ' '.join(f'{label}: {describe(rows[rows.profile == label])}.' for label in runs if (rows.profile == label).any())
+               + ' Bars: 95 % bootstrap over (world × seed) clusters; dots: single seeds.')
+    finish(fig, 'What changes when one thing changes', caption, set(rows.stage))
+    table = pd.concat(tables)
+    return fig, table[['quantity', 'mode', *[c for c in table if c not in ('quantity', 'mode')]]], caption
 
 # %% ../nbs/12_analysis.ipynb #af5fc931
 def results_table(
