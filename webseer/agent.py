@@ -14,7 +14,7 @@ from .core import WebseerError
 from .tools import TOOLS, ToolError
 from .retrieval import is_check
 from .traj import Traj, STOPS
-from .rewards import score_answer, feedback_text
+from .rewards import feedback_text, score_answer, solved
 
 # %% ../nbs/06_agent.ipynb #9ff17243
 INSTRUCTION = ('You answer questions by looking things up. Pages disagree and extracts may be out of date, so check what you find. '
@@ -49,6 +49,8 @@ def first_messages(question):
 # %% ../nbs/06_agent.ipynb #c9ad1178
 _CALL = re.compile(r'<tool_call>\s*(.*?)\s*</tool_call>', re.S)
 
+def _load(s): return json.loads(json.dumps(json.loads(s), ensure_ascii=False).encode('utf-8', 'replace'))   # half a surrogate pair becomes '?'
+
 def parse_reply(text):
     "Split a reply into its thought and its calls: (thought, [(name, arguments)], error or None)."
     text = text.removesuffix('<|im_end|>')
@@ -56,13 +58,13 @@ def parse_reply(text):
     if not blocks: return text, [], 'No tool was called. Call one tool.' if '<tool_call>' not in text else 'The call has no end.'
     calls = []
     for b in blocks:
-        try: d = json.loads(b)
-        except json.JSONDecodeError: return thought, [], 'The call is not valid JSON.'
+        try: d = _load(b)
+        except (ValueError, RecursionError): return thought, [], 'The call is not valid JSON.'
         if not isinstance(d, dict) or not isinstance(d.get('name'), str): return thought, [], 'A call needs a name and arguments.'
         args = d.get('arguments', {})
         if isinstance(args, str):                                               # arguments encoded twice, a habit of some models
-            try: args = json.loads(args)
-            except json.JSONDecodeError: return thought, [], 'The arguments are not valid JSON.'
+            try: args = _load(args)
+            except (ValueError, RecursionError): return thought, [], 'The arguments are not valid JSON.'
         if not isinstance(args, dict): return thought, [], 'The arguments must be an object.'
         calls.append((d['name'], args))
     return thought, calls, None
@@ -101,9 +103,7 @@ class Budget:
     max_turns: int = 60        # replies
     max_submissions: int = 1   # paper: up to 20 in training (Section on SRRL); released code: 5
     max_tokens: int = 768      # context, in tokens, where the policy counts them
-    feedback: str = 'paper'    # wording of the feedback: paper, released or none
-    score: str = 'f1'          # metric that decides whether a submission is right
-    threshold: float = 1.0     # a submission with at least this score ends the rollout (released code: 0.9; the paper does not say)
+    feedback: str = 'paper'    # which rule and number the feedback uses: paper, released or none (chapter 5; the words are ours)
 
 # %% ../nbs/06_agent.ipynb #30e1b4df
 async def rollout(
@@ -135,14 +135,18 @@ def _record_tokens(t, reply):
     for ids, on, lps in ((reply.prompt_ids, 0, None), (reply.ids, 1, reply.logprobs)):
         t.ids += ids; t.mask += [on] * len(ids); t.logprobs += lps or [0.] * len(ids)
 
+def _call_record(i, name, args):
+    return dict(id=str(i), type='function', function=dict(name=name, arguments=json.dumps(args, ensure_ascii=False)))
+
 async def _take_turn(t, reply, tools, budget):
     thought, calls, error = parse_reply(reply.content)
-    m = dict(role='assistant', content=thought)
-    if calls: m['tool_calls'] = [dict(id=f'{len(t.calls) + i}', type='function', function=dict(name=n, arguments=json.dumps(a, ensure_ascii=False))) for i, (n, a) in enumerate(calls)]
+    m = dict(role='assistant', content=reply.content.removesuffix('<|im_end|>') if error else thought)    # a malformed call stays readable
+    if calls: m['tool_calls'] = [_call_record(len(t.calls) + i, n, a) for i, (n, a) in enumerate(calls)]
     t.messages.append(m)
     if error:
         t.calls.append('malformed'); t.messages.append(dict(role='user', content=error))
     for (name, args), c in zip(calls, m.get('tool_calls', [])):
+        if len(t.calls) >= budget.max_calls: break
         if name == 'submit_answer' and isinstance(args.get('answer'), str): text = _submit(t, args['answer'], budget)
         else: text = await _call(t, tools, name, args)
         if t.stop: break
@@ -156,12 +160,13 @@ async def _call(t, tools, name, args):
         if asyncio.iscoroutine(out): out = await out
         t.calls.append('check' if check else name)
     except ToolError as e: t.calls.append('malformed'); out = str(e)
+    except getattr(getattr(tools, 'retriever', None), 'passing', ()) as e: t.stop, t.meta['error'], out = 'error', str(e), ''
     return out
 
 def _submit(t, answer, budget):
     s = dict(answer=answer, **score_answer(answer, t.golds)); t.submissions.append(s); t.calls.append('submit_answer')
     if budget.max_submissions == 1: t.stop = 'submitted'
-    elif s[budget.score] >= budget.threshold: t.stop = 'correct'
+    elif solved(t.submissions, 'released' if budget.feedback == 'released' else 'paper'): t.stop = 'correct'
     elif len(t.submissions) >= budget.max_submissions: t.stop = 'max_submissions'
     return '' if t.stop else 'Received.' if budget.feedback == 'none' else feedback_text(t.submissions, budget.feedback)
 

@@ -31,7 +31,7 @@ SAME_ROW = ['stage', 'mode', 'seed', 'world', 'qid', 'max_calls']
 # %% ../nbs/12_analysis.ipynb #7bf2172e
 def run_folder(
     profile:'Profile|str|Path', # profile, its name, or a run folder itself
-)->Path:                        # the folder that holds `seed<k>/` and `baselines.jsonl`
+)->Path:                        # the folder that holds `seed<k>/` and `baselines/`
     "Where the rows of a profile lie."
     if isinstance(profile, Path): return profile
     return outputs_dir()/(load_profile(profile) if isinstance(profile, str) else profile).name
@@ -56,7 +56,7 @@ def load_rows(
     import pandas as pd
     top = run_folder(profile)
     files = [p for p in sorted(top.glob('seed*/eval/*.jsonl')) if not p.name.endswith('.passk.jsonl')]
-    if (top/'baselines.jsonl').exists(): files.append(top/'baselines.jsonl')
+    if (scripted := top/'baselines'/'rows.jsonl').exists(): files.append(scripted)
     rows = [row for p in files for row in read_checked(p, ROW_KEYS)]
     frame = pd.DataFrame(rows, columns=sorted(ROW_KEYS | {'max_calls', 'subs'} | {k for r in rows for k in r}))
     return frame.drop_duplicates(SAME_ROW, keep='last', ignore_index=True)
@@ -131,20 +131,21 @@ def paired_difference(
     b:str,                 # stage it is compared with
     mode:str='greedy',     # 'greedy', 'sampled' or 'feedback'
     column:str='correct',  # quantity: 'correct', 'f1', 'calls', …
-)->dict:                   # diff, low, high, p, per_seed, their sd and t interval, n pairs, clusters
+)->dict:                   # diff, low, high, p, the interval over worlds alone, per_seed, their sd and t interval, n pairs, clusters
     "Mean of a - b over shared questions; interval and p over (world x seed) clusters."
     import numpy as np
     from scipy.stats import permutation_test, t
     both = pair_up(rows, a, b, mode, column)
     seeds = both.groupby('seed')['diff'].mean()
-    cl = both.groupby(['world', 'seed'])['diff'].agg(['sum', 'count'])
+    cl, worlds = (both.groupby(by)['diff'].agg(['sum', 'count']) for by in (['world', 'seed'], ['world']))
     diff, low, high = cluster_interval(cl['sum'], cl['count'])
+    _, world_low, world_high = cluster_interval(worlds['sum'], worlds['count'])
     p, k = np.nan, len(seeds)
     reach = t.ppf(.975, k - 1)*seeds.std()/k**.5 if k > 1 else np.nan
     if len(cl) > 1:
         p = permutation_test((cl['sum'].to_numpy(float), np.zeros(len(cl))), lambda x, y, axis=-1: (x - y).sum(axis=axis),
             permutation_type='samples', vectorized=True, n_resamples=9999, rng=np.random.default_rng(0)).pvalue
-    return dict(a=a, b=b, mode=mode, column=column, diff=float(diff), low=float(low), high=float(high), p=float(p),
+    return dict(a=a, b=b, mode=mode, column=column, diff=float(diff), low=float(low), high=float(high), p=float(p), world_low=float(world_low), world_high=float(world_high),
                 sd=float(seeds.std()), seed_low=float(seeds.mean() - reach), seed_high=float(seeds.mean() + reach), per_seed={int(k): float(v) for k, v in seeds.items()}, n=len(both), clusters=len(cl))
 
 # %% ../nbs/12_analysis.ipynb #a747a99a
@@ -204,7 +205,7 @@ def missing(
     one = rows[(rows['mode'] == mode) & rows.stage.isin(stages)]
     have = one.drop_duplicates(['stage', 'seed', 'world', 'qid']).groupby(['stage', 'seed']).size().to_dict()
     seeds, full, gaps = sorted(one.seed.unique()), max(have.values(), default=0), []
-    for s in stages:
+    for s in [s for s in stages if s != 'untrained' or mode == 'greedy']:          # the untrained model is asked greedily only
         lack = [int(k) for k in seeds if (s, k) not in have]
         if not any(s == t for t, _ in have): gaps.append(SHORT.get(s, s))
         elif lack: gaps.append(f'{SHORT.get(s, s)} seed{"s"*(len(lack) > 1)} {", ".join(map(str, lack))}')
@@ -331,7 +332,8 @@ def fig_learning(
         ax.set(title=title, xlabel='SFT step' if stages == ('sft',) else 'RL step', ylabel=unit)
         if column in ('live', 'loss', 'entropy'): ax.set_ylim(bottom=0)
     seeds = {s: sorted(int(k) for k in metrics.seed[metrics.stage == s].unique()) for s in ('sft', 'single', 'srrl')}
-    caption = ('Lines: mean over seeds of the running mean within each seed; bands: range over seeds; dotted: best of all submissions of SRRL. ' +
+    caption = ('Lines: mean over seeds of the running mean within each seed; bands: range over seeds; dotted: best of all submissions of SRRL. '
+        'Rewards: different formulas (at most 1 for single, at most the decay for SRRL), compare shapes, not heights. ' +
         '; '.join(f'{SHORT[s]}: seeds {", ".join(map(str, k))}, window {windows.get(s, 1)} logged steps' for s, k in seeds.items() if k) + '.')
     if absent := [SHORT[s] for s, k in seeds.items() if not k]: caption += f' Missing here: {", ".join(absent)}.'
     finish(fig, 'Learning curves', caption, [s for s, k in seeds.items() if k])
@@ -384,13 +386,13 @@ def fig_depth(
         ax, look, t = axes[i, j], STYLE[stage], table[(table.stage == stage) & (table['mode'] == mode)]
         ax.bar(t.calls, t.share*100, width=.82, facecolor='white', edgecolor=look['color'], linewidth=.9)
         ax.bar(t.calls, t.share_right*100, width=.82, facecolor=look['color'], edgecolor='white', hatch=look['hatch'], linewidth=0)
-        for _, high in t[t.share*100 > roof].iterrows():
+        for _, high in t[t.share*100 > roof].nlargest(1, 'share').iterrows():
             ax.text(high.calls + .5, roof*.97, f'↑ {high.share*100:.0f} %', va='top', fontsize=8, color='#333333',
                     bbox=dict(facecolor='white', edgecolor='none', pad=1), zorder=5)
         if len(t):
             ax.axvline(t.mean_calls.iloc[0], color='#222222', linewidth=1, linestyle=':')
             ax.text(.99, .93, f'{LABELS[stage]}\nmean {t.mean_calls.iloc[0]:.1f} calls', transform=ax.transAxes, ha='right', va='top', fontsize=8.5)
-        else: ax.text(.99, .93, f'{LABELS[stage]}\nno rows', transform=ax.transAxes, ha='right', va='top', color='#777777')
+        else: ax.text(.99, .93, f'{LABELS[stage]}\nnot run', transform=ax.transAxes, ha='right', va='top', color='#777777')
         if i == 0: ax.set_title(mode)
         if i == len(stages) - 1: ax.set_xlabel('tool calls per question')
     last = int(table.calls.max())
@@ -398,7 +400,7 @@ def fig_depth(
     axes[0, 0].set(ylim=(0, roof))
     for ax in axes[-1]: ax.set_xticks(ticks, [str(v) if v < cap else f'≥{cap}' for v in ticks])
     fig.supylabel('share of questions (%)', fontsize=9)
-    caption = (f'{describe(used)}. Calls include submit_answer; dotted line: mean. Seeds pooled. ' + ' '.join(
+    caption = (f'{describe(used)}. Calls include submit_answer and malformed calls; dotted line: mean. Seeds pooled. ' + ' '.join(
         f'{m}: {x}' for m in modes if (x := missing(rows, m)))).strip()
     finish(fig, 'Tool-call depth by stage', caption, extra=[Patch(facecolor='#555555', label='answered correctly'), Patch(facecolor='white', edgecolor='#555555', label='wrong or no answer')])
     return fig, table, caption
@@ -425,7 +427,7 @@ def fig_accuracy(
     right.set_xticks(counts.index, [f'{h}\nn = {n:,}' for h, n in counts.items()])
     left.set(title='By depth the policy chose', xlabel='tool calls per question'); right.set(title='By hops the question needs', xlabel='hops; n questions per seed')
     percent_axis(left); right.tick_params(left=False)
-    caption = (f'{mode.capitalize()}; {describe(used)}. Bars: 95 % bootstrap over (world × seed) clusters; dots: single seeds. '
+    caption = (f'{mode.capitalize()}; {describe(used)}. Bars: 95 % bootstrap over (world × seed) clusters; dots (right): single seeds. '
                f'Depth groups with fewer than {least} answers are not drawn (see csv). {missing(rows, mode)}').strip()
     finish(fig, 'Accuracy by depth and by hops', caption, set(used.stage))
     return fig, pd.concat([deep.rename(columns={'depth': 'value'}).assign(by='depth'), hops.rename(columns={'hops': 'value'}).assign(by='hops')]), caption
@@ -565,7 +567,7 @@ def fig_buckets(
     percent_axis(axes[0, 0]); axes[1, 0].set_ylabel('single − SRRL (points)')
     used = rows[rows['mode'].isin(modes) & rows.stage.isin(('single', 'srrl'))].merge(passk[['seed', 'world', 'qid']])
     caption = (f'{describe(used)}. Bars: 95 % bootstrap over (world × seed) clusters; small dots: single seeds. '
-               'Lower row: difference on the same questions, seeds pooled, n = pairs. ' + ' '.join(f'{m}: {x}' for m in modes if (x := missing(rows, m, ('sft', 'single', 'srrl'))))).strip()
+               'Lower row: difference on the same questions, seeds pooled, n = pairs. SFT is steep by construction: its own samples make the buckets. ' + ' '.join(f'{m}: {x}' for m in modes if (x := missing(rows, m, ('sft', 'single', 'srrl'))))).strip()
     finish(fig, 'Single-submission RL and SRRL by difficulty for SFT', caption, set(rows[rows['mode'].isin(modes)].stage) & {'sft', 'single', 'srrl'})
     return fig, pd.concat(tables), caption
 
@@ -639,7 +641,7 @@ def difference_table(
     import pandas as pd
     out = [paired_difference(rows, a, b, m, c) for c in columns for m in modes for a, b in pairs]
     out = [{**d, 'per_seed': ' '.join(f'{v:+.6f}' for v in d['per_seed'].values()), 'seeds': len(d['per_seed'])} for d in out if d['n']]
-    return pd.DataFrame(out, columns=['column', 'mode', 'a', 'b', 'diff', 'low', 'high', 'p', 'sd', 'seed_low', 'seed_high', 'per_seed', 'seeds', 'n', 'clusters'])
+    return pd.DataFrame(out, columns=['column', 'mode', 'a', 'b', 'diff', 'low', 'high', 'p', 'world_low', 'world_high', 'sd', 'seed_low', 'seed_high', 'per_seed', 'seeds', 'n', 'clusters'])
 
 # %% ../nbs/12_analysis.ipynb #63c97f72
 def markdown(
@@ -683,13 +685,13 @@ def results_markdown(
         if mode in MODES and (gap := missing(rows, mode)): parts.append(gap + '\n')
     if len(diffs):
         body = [[f'{SHORT[r.a]} − {SHORT[r.b]}', r['mode'], 'accuracy (points)' if r.column == 'correct' else 'calls', f'**{num(r["diff"]*k, d, "+")}**',
-                 f'{num(r.low*k, d)} to {num(r.high*k, d)}', num(r.p, 4), ', '.join(num(float(v)*k, d, '+') for v in r.per_seed.split()), num(r.sd*k, d),
+                 f'{num(r.low*k, d)} to {num(r.high*k, d)}', num(r.p, 4), f'{num(r.world_low*k, d)} to {num(r.world_high*k, d)}', ', '.join(num(float(v)*k, d, '+') for v in r.per_seed.split()), num(r.sd*k, d),
                  '–' if r.seed_low != r.seed_low else f'{num(r.seed_low*k, d)} to {num(r.seed_high*k, d)}', f'{r.n:,}', str(r.clusters)]
                 for _, r in diffs.iterrows() for k, d in [(100, 1) if r.column == 'correct' else (1, 2)]]
-        parts += ['## Paired differences\n', markdown(['comparison', 'mode', 'quantity', 'difference', '95 % interval', 'p', 'per seed', 'sd over seeds', 't interval over seeds', 'pairs', 'clusters'], body) + '\n',
+        parts += ['## Paired differences\n', markdown(['comparison', 'mode', 'quantity', 'difference', '95 % interval', 'p', 'over worlds', 'per seed', 'sd over seeds', 't interval over seeds', 'pairs', 'clusters'], body) + '\n',
             'Same questions and same pages for both stages. The sample is the mean difference of each (world × seed) cluster with its number of questions; '
-            'interval: BCa bootstrap over clusters (4,999 draws); p: sign-flip permutation of clusters (9,999 draws, so never below 0.0002). Clusters of one seed share a trained model, '
-            'so this interval speaks for these seeds; the t interval over the seed means speaks for a new seed and is wide with few of them.\n']
+            'interval: BCa bootstrap over clusters (4,999 draws); p: sign-flip permutation of clusters (9,999 draws, so never below 0.0002). Clusters of one seed share a trained model '
+            'and clusters of one world its pages; "over worlds" resamples worlds with all their seeds. Both intervals speak for these seeds; the t interval over the seed means speaks for a new seed and is wide with few of them.\n']
     if captions: parts += ['## Figures\n', '\n'.join(f'- `{k}.png`: {v}' for k, v in captions.items()) + '\n']
     if absent: parts += ['## Not drawn\n', '\n'.join(f'- `{k}`: {v}' for k, v in absent.items()) + '\n']
     return '\n'.join(parts)

@@ -22,7 +22,7 @@ class _Group(TyperGroup):
         except WebseerError as e: tell = str(e)
         except ModuleNotFoundError as e:
             if (e.name or "").split(".")[0] == "webseer": raise
-            tell = f"the package {e.name} is not installed: pip install 'webseer[train,notebook]'"
+            tell = f"the package {e.name} is not installed: in the repository, pip install -e '.[train,notebook]'"
         except BrokenPipeError: raise typer.Exit(1) from None
         typer.echo(f"webseer: {' '.join(tell.split())}", err=True)
         raise typer.Exit(2)

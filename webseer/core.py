@@ -127,7 +127,10 @@ class Profile:
 
 # %% ../nbs/00_core.ipynb #13b6e8d4
 _truth = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-_choices = {"rl_advantage": ("loo", "std"), "aggregation": ("token", "sequence")}
+_choices = {"rl_advantage": ("loo", "std"), "aggregation": ("token", "sequence"), "reward": ("paper", "released", "single"),
+            "reward_score": ("em", "f1", "recall", "cover_em"), "kinds": ("chain", "same", "compare")}
+_at_least = {"k": 1, "n_entities": 2, "n_worlds": 1, "per_world": 1, "test_worlds": 1, "test_questions": 1, "max_calls": 1, "max_submissions": 1,
+             "rl_group": 2, "rl_questions": 1, "sft_tokens": 1, "checkpoint_every": 1, "passk": 1}
 
 def _cast(
     value,  # text from settings.ini or a Python value
@@ -174,11 +177,17 @@ def load_profile(
     out = {}
     for key, kind in kinds.items():
         try: out[key] = _cast(values[key], kind)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             want = getattr(kind, "__name__", "value") if not hasattr(kind, "__origin__") else f"list of {kind.__args__[0].__name__}"
             raise WebseerError(f"setting {key} of profile {name!r} is {values[key]!r}, which is no {want}: change it in {path}") from None
-        if key in _choices and out[key] not in _choices[key]:
-            raise WebseerError(f"setting {key} of profile {name!r} is {out[key]!r}: {nearest(out[key], _choices[key])}")
+        many = isinstance(out[key], tuple)
+        for v in out[key] if many else (out[key],):
+            if key in _choices and v not in _choices[key]:
+                raise WebseerError(f"setting {key} of profile {name!r} is {v!r}: {nearest(v, _choices[key])}")
+        if many and not out[key]: raise WebseerError(f"setting {key} of profile {name!r} is empty: give at least one value")
+        if out[key] == out[key] and not many and out[key] < _at_least.get(key, out[key]):
+            raise WebseerError(f"setting {key} of profile {name!r} is {out[key]}: it must be at least {_at_least[key]}")
+    if len(out["hop_weights"]) != 4: raise WebseerError(f"setting hop_weights of profile {name!r} has {len(out['hop_weights'])} values: give four, for 1, 2, 3 and 4 hops")
     return Profile(name=name, **out)
 
 # %% ../nbs/00_core.ipynb #b7c36ec3
@@ -318,7 +327,7 @@ def claim(
 ) -> Path:  # the folder, created if needed
     "Mark a folder as belonging to one identity, or refuse it if it belongs to another."
     folder = Path(folder)
-    mark, now = folder/"identity.json", json.loads(to_json(identity))
+    mark, now = folder/"params.json", json.loads(to_json(identity))
     if mark.is_file():
         try: old = json.loads(mark.read_text(encoding="utf-8"))
         except ValueError: raise WebseerError(f"{mark} is damaged: move {folder} away and run again") from None

@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'MODES', 'test_world', 'result_row', 'run_baselines', 'eval
 # %% ../nbs/11_evaluate.ipynb #105555e2
 import json
 from pathlib import Path
-from .core import WebseerError, append_jsonl, keyed_rng, read_jsonl, run_dir, write_json
+from .core import WebseerError, append_jsonl, claim, keyed_rng, read_jsonl, run_dir
 from .world import World, WorldConfig
 from .retrieval import MiniWeb, ask_fair
 from .tools import Tools
@@ -23,10 +23,15 @@ MODES = ('greedy', 'sampled', 'feedback', 'budget')
 
 def test_world(profile, i):
     "Retriever, tools and questions of test world `i`."
-    web = MiniWeb(World(f'test-{i}', WorldConfig.of(profile))); qs = []
+    web = MiniWeb(World(f'test-{i}', WorldConfig.of(profile))); qs = {}
     for j in range(profile.test_questions):
-        qs.append(ask_fair(web, keyed_rng('test', i, j), profile.k, hop_weights=[float(j % 3 == h) for h in range(3)] + [0.], split='test', kinds=profile.kinds, qid=f't{i}-{j}'))
-    return web, Tools(web, profile.k, profile.reader_check), qs
+        for redraw in range(100):
+            rng = keyed_rng('test', i, j, *([redraw] if redraw else []))
+            q = ask_fair(web, rng, profile.k, hop_weights=[float(j % 3 == h) for h in range(3)] + [0.], split='test', kinds=profile.kinds, qid=f't{i}-{j}')
+            if q.text not in qs: break
+        else: raise WebseerError(f'test world {i} has fewer than test_questions = {profile.test_questions} different questions; lower that or raise n_entities')
+        qs[q.text] = q
+    return web, Tools(web, profile.k, profile.reader_check), list(qs.values())
 
 # %% ../nbs/11_evaluate.ipynb #9c4c6c52
 def result_row(t, stage, mode, seed, world, kind='chain', **more):
@@ -38,27 +43,6 @@ def result_row(t, stage, mode, seed, world, kind='chain', **more):
                 n_check=count('check'), n_submit=count('submit_answer'), malformed=count('malformed'), stop=t.stop, tokens=len(t.ids), **more)
 
 # %% ../nbs/11_evaluate.ipynb #66272dec
-def run_baselines(profile):
-    "Rows of the scripted ladder on the test worlds."
-    path = run_dir(profile) / 'baselines.jsonl'; want = profile.test_worlds * profile.test_questions * (len(LADDER) + 2)
-    if path.exists() and len(read_jsonl(path, tolerate_tail=True)) == want: return path
-    path.unlink(missing_ok=True)
-    for i in range(profile.test_worlds):
-        web, tools, qs = test_world(profile, i)
-        for name in [*LADDER, 'propose_verify', 'oracle']:
-            rows = []
-            for q in qs:
-                t, = run_sync(rollouts(ladder_policy(name, keyed_rng('ladder', name, q.qid), web), [(tools, q)], Budget(max_calls=profile.max_calls)))
-                rows.append(result_row(t, name, 'scripted', 0, i, q.kind))
-            append_jsonl(path, rows)
-    return path
-
-# %% ../nbs/11_evaluate.ipynb #647688ba
-def _policy(model, codec, profile, mode, *key):
-    from webseer.model import ModelPolicy
-    t = 0. if mode in ('greedy', 'budget') else profile.rl_temperature
-    return ModelPolicy(model, codec, t, seed=keyed_rng(mode, *key).getrandbits(40))
-
 def _done(path, want):
     "Worlds that are complete in a file of rows; a torn or partial end is cut off."
     if not path.exists(): return set()
@@ -69,21 +53,42 @@ def _done(path, want):
         path.unlink(); append_jsonl(path, [r for r in rows if r['world'] in done])
     return done
 
+def run_baselines(profile):
+    "Rows of the scripted ladder on the test worlds."
+    path = claim(run_dir(profile) / 'baselines', **profile.part('world', 'eval', 'loop')) / 'rows.jsonl'
+    done = _done(path, profile.test_questions * (len(LADDER) + 2))
+    for i in sorted(set(range(profile.test_worlds)) - done):
+        web, tools, qs = test_world(profile, i); rows = []
+        for name in [*LADDER, 'propose_verify', 'oracle']:
+            for q in qs:
+                t, = run_sync(rollouts(ladder_policy(name, keyed_rng('ladder', name, q.qid), web), [(tools, q)], Budget(max_calls=profile.max_calls)))
+                rows.append(result_row(t, name, 'scripted', 0, i, q.kind))
+        append_jsonl(path, rows)
+    return path
+
+# %% ../nbs/11_evaluate.ipynb #647688ba
+def _policy(model, codec, profile, mode, *key):
+    from webseer.model import ModelPolicy
+    t = 0. if mode in ('greedy', 'budget') else profile.rl_temperature
+    return ModelPolicy(model, codec, t, seed=keyed_rng(mode, *key).getrandbits(40))
+
 def evaluate_stage(profile, seed, stage, mode, model, codec, folder, group=5, label=None):
     "Rows of one stage and mode, `group` worlds side by side."
+    from webseer.rl import stage_budget
     path = folder / f'{label or stage}.{mode}.jsonl'
     worlds = range(profile.test_worlds if mode in ('greedy', 'sampled') else -(-profile.test_worlds // 2))
     caps = profile.eval_budgets if mode == 'budget' else [profile.max_calls]
-    todo = sorted(set(worlds) - _done(path, profile.test_questions * len(caps)))
-    for k in range(0, len(todo), group):
-        sets = {i: test_world(profile, i) for i in todo[k:k + group]}; jobs = [(i, tools, q) for i, (_, tools, qs) in sets.items() for q in qs]; rows = []
+    done = _done(path, profile.test_questions * len(caps))
+    for k in range(0, len(worlds), group):                          # the sampler's seed belongs to the group, so groups are fixed
+        if done.issuperset(worlds[k:k + group]): continue
+        sets = {i: test_world(profile, i) for i in worlds[k:k + group]}; jobs = [(i, tools, q) for i, (_, tools, qs) in sets.items() for q in qs]; rows = []
         for cap in caps:
-            budget = Budget(max_calls=cap, max_tokens=profile.max_tokens, max_submissions=4 if mode == 'feedback' else 1)
+            budget = stage_budget(profile, 'srrl') if mode == 'feedback' else Budget(max_calls=cap, max_tokens=profile.max_tokens)
             ts = run_sync(rollouts(_policy(model, codec, profile, mode, seed, k), [(tools, q) for _, tools, q in jobs], budget))
             for (i, _, q), t in zip(jobs, ts):
                 more = dict(max_calls=cap) if mode == 'budget' else dict(subs=[int(s['em'] == 1) for s in t.submissions]) if mode == 'feedback' else {}
                 rows.append(result_row(t, label or stage, mode, seed, i, q.kind, **more))
-        append_jsonl(path, rows)
+        append_jsonl(path, [r for r in rows if r['world'] not in done])
     return path
 
 def pass_rates(profile, seed, model, codec, folder):
@@ -120,6 +125,7 @@ def run(
     base = run_dir(profile, seed)
     have = [s for s in ('sft', 'srrl', 'single', 'untrained') if s in stages and (base / s / 'checkpoint').exists()]
     if not have: raise WebseerError(f'nothing to evaluate in {base}: no stage has a checkpoint; train first')
+    claim(base / 'eval', **profile.part(), seed=seed)
     with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as ex:
         for _ in tqdm(ex.map(_one_stage, [(profile, seed, s) for s in have]), total=len(have), desc='evaluate', mininterval=2): pass
     return summarise(base / 'eval')

@@ -8,15 +8,14 @@ __all__ = ['THOUGHTS', 'CHAT_TEMPLATE', 'phrases', 'build_tokenizer', 'Codec', '
            'ModelPolicy']
 
 # %% ../nbs/07_model.ipynb #cd2b8373
-import asyncio, json, math
+import asyncio, json
 from dataclasses import dataclass, asdict
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
-from .core import WebseerError, write_json, write_text, fingerprint
-from .world import LEXICON, YEARS, NEAR, RELATIONS, ASK, SITES, page_url
+from .core import WebseerError, write_json
+from .world import ASK, LEXICON, NEAR, RELATIONS, SITES, YEARS
 from .tools import NOTHING
-from .agent import SYSTEM, ASSISTANT, Reply, call_text, first_messages, render, render_message
-from .traj import Traj
+from .agent import ASSISTANT, SYSTEM, Reply, call_text, render, render_message
 
 # %% ../nbs/07_model.ipynb #4b3371ce
 THOUGHTS = dict(propose='I think the answer is {}. Let me verify it.\n', right='The evidence confirms it.\n', wrong='The evidence contradicts it.\n')
@@ -218,8 +217,13 @@ def save_checkpoint(path, model, codec, note=None):
         codec.tok.save(str(tmp / 'tokenizer.json'))
         write_json(tmp / 'tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', eos_token='<|im_end|>', pad_token='<|endoftext|>', clean_up_tokenization_spaces=False, model_max_length=model.c.max_len, chat_template=CHAT_TEMPLATE))
         write_json(tmp / 'webseer.json', dict(config=asdict(model.c), **(note or {})))
-        if path.exists(): shutil.rmtree(path)
-        tmp.rename(path)
+        old = path.with_name(f'.old-{path.name}'); shutil.rmtree(old, ignore_errors=True); tmp.chmod(0o755)
+        if path.exists(): path.rename(old)
+        try: tmp.rename(path)
+        except OSError:
+            if old.exists(): old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as e: raise WebseerError(f'checkpoint {path} could not be written ({e.strerror}); the previous one is untouched. Free space and start again: the run resumes') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return path
@@ -255,7 +259,7 @@ class Sampler:
             self.caches = [tuple(z[idx] for z in kv) for kv in self.caches]; self.len = self.len[idx]
         else:
             new = [k for k in keys if k not in old]; kept = [k for k in keys if k in old]
-            self._keep(kept) if kept != self.keys else None
+            self._keep(kept)
             pad = lambda z: torch.cat([z, torch.zeros(len(new), *z.shape[1:])])
             self.caches = [tuple(map(pad, kv)) for kv in self.caches]; self.len = torch.cat([self.len, torch.zeros(len(new), dtype=torch.long)])
             self.keys = kept + new; return self._keep(keys)
@@ -284,8 +288,8 @@ class Sampler:
         n = torch.tensor([len(x) for x in new]); T = int(n.max())
         ids = torch.full((len(keys), T), self.codec.pad)
         for i, x in enumerate(new): ids[i, :len(x)] = torch.tensor(x)
-        self._grow(int((self.len + n).max()) + self.max_new + T - int(n.min()))
-        h = self._extend(ids, self.len[:, None] + torch.arange(T)); self.len = self.len + n
+        longest = int((self.len + n).max()); self._grow(longest + self.max_new)
+        h = self._extend(ids, (self.len[:, None] + torch.arange(T)).clamp(max=longest)); self.len = self.len + n    # padding may not cost positions
         logits = self.model.logits(h[torch.arange(len(keys)), n - 1])
         out, lps, alive, start = [], [], torch.ones(len(keys), dtype=torch.bool), self.len
         for step in range(self.max_new):

@@ -11,7 +11,7 @@ __all__ = ['GIVE_UP', 'LADDER', 'plan', 'parse_hits', 'search', 'read', 'check',
 import copy, json, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import WebseerError, keyed_rng, write_json, write_text, read_jsonl, run_dir, fingerprint
+from .core import WebseerError, claim, keyed_rng, write_json, write_text, read_jsonl, run_dir, fingerprint
 from .world import World, WorldConfig, RELATIONS, ASK, NEAR, query_text
 from .retrieval import MiniWeb, ask_fair, supporting_pages
 from .tools import Tools, NOTHING, ToolError
@@ -252,21 +252,22 @@ async def reflect(
 async def _verdict(q, tools, verifier, t, answer, right, retries, rec):
     "Sample the verifier until its verdict is valid; it must have used a tool."
     saved = copy.deepcopy(t.meta.get('hops'))
-    for _ in range(retries):
+    for k in range(retries):
         if saved is not None: t.meta['hops'][:] = copy.deepcopy(saved)        # in place: the reasoner's script works on this list
         task = _Check(q, answer)
         work = await rollout(verifier, tools, task, meta=dict(proposal=t))
         if not work.submissions: continue
-        verdict = work.submissions[0]['answer'] == 'correct'; rec['verdicts'].append((verdict, right))
+        verdict = work.submissions[0]['answer'] == 'correct'; rec['verdicts'].append((verdict, right, k))
         if psi(verdict, right) and len(work.calls) > 1: return work
     return None
 
 # %% ../nbs/08_reflect.ipynb #a8d0a44e
 def report(records):
-    "Kept share, verifier precision and recall (of finding wrong proposals), rounds."
-    v = [x for r in records for x in r['verdicts']]; n = len(records)
+    "Kept share, rounds, and the verifier's precision and recall in finding wrong proposals, over the first sample of each proposal."
+    v = [(said, right) for r in records for said, right, k in r['verdicts'] if k == 0]; n = len(records)
     flagged, wrong, both = sum(not a for a, _ in v), sum(not b for _, b in v), sum(not a and not b for a, b in v)
-    return dict(attempts=n, kept=sum(r['kept'] for r in records), kept_share=sum(r['kept'] for r in records) / max(n, 1), verdicts=len(v),
+    return dict(attempts=n, kept=sum(r['kept'] for r in records), kept_share=sum(r['kept'] for r in records) / max(n, 1),
+                verdicts=sum(len(r['verdicts']) for r in records), proposals=len(v),
                 verifier_precision=both / max(flagged, 1), verifier_recall=both / max(wrong, 1), proposals_wrong=wrong / max(len(v), 1),
                 rounds={str(k): sum(r['kept'] and r['rounds'] == k for r in records) for k in range(4)},
                 dropped={w: sum(r['why'] == w for r in records) for w in sorted({r['why'] for r in records} - {'kept'})})
@@ -297,7 +298,7 @@ def make_data(
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     from tqdm.auto import tqdm
-    folder = run_dir(profile, seed) / 'reflect'; folder.mkdir(parents=True, exist_ok=True)
+    folder = claim(run_dir(profile, seed) / 'reflect', **profile.part('world', 'teacher', 'data', 'loop'), seed=seed)
     n_easy = round(profile.easy_share * profile.n_worlds)
     jobs = [(profile, seed, i, i < n_easy, folder / f'world{i:03}.jsonl') for i in range(profile.n_worlds)]
     with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as ex:

@@ -551,11 +551,10 @@ def figures(
 SAMPLE = "webseer_bamboogle_first40.json"
 
 def published() -> Path | None:  # None where there is none
-    "The published file at hand: $WEBSEER_RELEASED, else the 40-rollout sample beside the project."
+    "The published file at hand: $WEBSEER_RELEASED, else the 40-rollout sample in `data/` or `../shared/data`."
     import os
     from webseer.core import root
     if (named := os.environ.get("WEBSEER_RELEASED")):
         if not Path(named).is_file(): raise WebseerError(f"WEBSEER_RELEASED names {named}, which is no file; correct or unset it")
         return Path(named)
-    path = root().parent/"shared"/"data"/SAMPLE
-    return path if path.is_file() else None
+    return next((p for folder in (root(), root().parent/"shared") if (p := folder/"data"/SAMPLE).is_file()), None)

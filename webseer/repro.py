@@ -27,12 +27,12 @@ class Step:
 
 STEPS = (
     Step("01_world", (), ("world", "eval"), ("world.json",)),
-    Step("02_baselines", ("01_world",), ("world", "eval", "loop"), ("baselines.jsonl",)),
-    Step("03_reflection_data", ("01_world",), ("world", "teacher", "data", "loop", "model"), ("data", "data.*", "reflect*"), True),
+    Step("02_baselines", ("01_world",), ("world", "eval", "loop"), ("baselines",)),
+    Step("03_reflection_data", ("01_world",), ("world", "teacher", "data", "loop"), ("reflect",), True),
     Step("04_sft", ("03_reflection_data",), ("model", "sft"), ("sft", "untrained", "tokenizer"), True),
     Step("05_srrl", ("04_sft",), ("rl", "loop"), ("single*", "srrl*"), True),
     Step("06_evaluate", ("05_srrl",), ("eval", "loop"), ("eval",), True),
-    Step("07_figures", ("02_baselines", "06_evaluate"), (), ("results.*",), False, ("*.*",)),
+    Step("07_figures", ("02_baselines", "06_evaluate"), (), (), False, ("*.png", "*.svg", "*.csv", "results.md")),
     Step("08_released_rollouts", needs_file=True, figures=("released",)),
 )
 
@@ -237,6 +237,11 @@ def _git(*args):
     try: return subprocess.run(["git", "-C", str(root()), *args], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
+def _dirty():
+    "Whether tracked files, figures aside, differ from the commit; None outside a repository."
+    status = _git("status", "--porcelain", "--", ".", ":!figures")
+    return None if status is None else bool(status)
+
 def versions() -> dict[str, str]:  # package -> version
     "The versions that matter for the numbers (packages that are not installed are left out)."
     out = {"python": platform.python_version(), "platform": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()}
@@ -250,14 +255,13 @@ def write_manifest(
     jobs: list[Job],
 ) -> Path:
     "Gather the stamps of a run into `manifest.json`; a copy stands beside the figures, so that they tell where they come from."
-    status = _git("status", "--porcelain", "--", ".", ":!figures")
     steps = {}
     for job in jobs:
         if s := job.stamp():
-            steps[job.tag] = {k: s.get(k) for k in ("state", "key", "seconds", "finished", "commit", "dirty")} | {"files": len(s.get("files", {}))}
+            steps[job.tag] = {k: s.get(k) for k in ("state", "key", "seconds", "finished", "commit", "dirty", "adopted")} | {"files": len(s.get("files", {}))}
     manifest = {
         "profile": profile.name, "settings": profile.part() | {"checkpoint_every": profile.checkpoint_every}, "fingerprint": profile.fingerprint(),
-        "seeds": sorted({j.seed for j in jobs if j.seed is not None}), "commit": _git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None,
+        "seeds": sorted({j.seed for j in jobs if j.seed is not None}), "commit": _git("rev-parse", "HEAD"), "dirty": _dirty(),
         "versions": versions(), "steps": steps, "seconds": round(sum(s["seconds"] or 0 for s in steps.values()), 1)}
     figures = figures_dir(profile); figures.mkdir(parents=True, exist_ok=True)
     write_json(figures/"manifest.json", manifest)
@@ -350,8 +354,9 @@ def _parameters(job):
 
 def _run(job, key, parts, fresh, say, head):
     if fresh: job.set_aside()
-    status = _git("status", "--porcelain")
-    base = {"key": key, "parts": parts, "commit": _git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None}
+    before = job.stamp()
+    adopted = before.get("adopted", False) if before.get("key") == key and not fresh else not before and bool(job.entries())
+    base = {"key": key, "parts": parts, "commit": _git("rev-parse", "HEAD"), "dirty": _dirty(), "adopted": adopted}
     earlier = 0.0 if fresh else job.stamp().get("seconds") or 0.0
     write_json(job.stamp_file, base | {"state": "running", "seconds": earlier})
     start = time.monotonic()

@@ -8,10 +8,10 @@ __all__ = ['STOPWORDS', 'Hit', 'Page', 'PageNotFound', 'Retriever', 'words', 'BM
 
 # %% ../nbs/02_retrieval.ipynb #54d6463c
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 from .core import WebseerError, keyed_rng
-from .world import World, WorldConfig, SITES, RELATIONS, query_text, page_html, draw_question
+from .world import NEAR, RELATIONS, World, WorldConfig, draw_question, page_html, query_text
 
 # %% ../nbs/02_retrieval.ipynb #7dcb07c1
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Page:
     title: str
     text: str  # main text, one statement a line
     html: str  # the page as served
+    meta: dict = field(default_factory=dict, compare=False)  # how the text was made (extraction stack, cut or not, …)
 
 class PageNotFound(WebseerError):
     "No page has this address."
@@ -43,7 +44,7 @@ STOPWORDS = frozenset('a also an and are as by for has in is it of on or the to 
 
 def words(text):
     "Lower-case words of a text without stop words."
-    return [w for w in re.findall(r'[a-z0-9]+', text.lower()) if w not in STOPWORDS]
+    return [w for w in re.findall(r'[^\W_]+', text.lower()) if w not in STOPWORDS]
 
 # %% ../nbs/02_retrieval.ipynb #3609fe65
 class BM25:
@@ -54,6 +55,7 @@ class BM25:
     ):
         import bm25s
         import numpy as np
+        if not any(docs): raise WebseerError('no words to index: all documents are empty')
         self._np, self._index = np, bm25s.BM25(k1=k1, b=b)
         self._index.index(docs, show_progress=False)
         self._docs_with, self._n = {}, len(docs)
@@ -64,6 +66,7 @@ class BM25:
         query,  # list of words
         k=3,    # at most so many documents
     ):          # [(document number, score)], best first
+        if k < 1: raise WebseerError(f'k is {k}; ask for at least one result')
         if not query or any(w not in self._docs_with for w in query): return []
         ids = self._np.array(sorted(set.intersection(*(self._docs_with[w] for w in query))), dtype=int)
         if not len(ids): return []
@@ -94,7 +97,7 @@ class MiniWeb:
         if key not in self._cache:
             top = self._index.top(words(query), k)
             self._cache[key] = [Hit(p.title, p.url, snippet(query, p.indexed), round(s, 6)) for p, s in ((self._pages[i], s) for i, s in top)]
-        return self._cache[key]
+        return list(self._cache[key])
 
     def fetch(self, url: str) -> Page:
         "The page with this address."
@@ -103,7 +106,7 @@ class MiniWeb:
         return Page(url, p.title, p.text, page_html(p))
 
     def subject(self, url):
-        "Title and lines of a page without building its HTML (what the reader needs)."
+        "Subject and lines of a page without building its HTML (what the reader needs)."
         p = self.world.pages.get(url)
         if p is None: raise PageNotFound(f'no page has the address {url!r}; use an address from a search result')
         return p.subject, p.lines
@@ -111,6 +114,8 @@ class MiniWeb:
 # %% ../nbs/02_retrieval.ipynb #8815adc8
 _YES_NO = re.compile(r'^(is|are|was|were|do|does|did|has|have)\b', re.I)
 _NAME = re.compile(r'\b[A-Z0-9][A-Za-z0-9]*')
+_TWIN = '|'.join(map(re.escape, NEAR.values()))
+_OPENERS = STOPWORDS | frozenset('do does did had have how whose whom why'.split())   # words that a question may begin with
 
 def is_check(question):
     "Whether a question asks for yes or no."
@@ -123,15 +128,18 @@ def read_lines(
     check=True,  # answer yes/no questions with yes or no
 ):               # the answer as text
     "Extractive reader: the best statement, and a verdict where one is asked for."
-    names = _NAME.findall(question)[1:]
-    if subject not in question or (not is_check(question) and subject.split()[0] not in names): return f'This page is about {subject}.'
+    asked = is_check(question)
+    about = re.search(rf'(?<!\w){re.escape(subject)}(?!\w)(?!(?:{_TWIN})\b)', question)
+    if about and asked and ' of ' in question: about = f' of {subject}' in question     # not the page of the value that is checked
+    if not about: return f'This page is about {subject}.'
+    names = [n for n in _NAME.findall(question) if n.lower() not in _OPENERS]
     q = set(words(question)); best, overlap = '', 0
     for l in lines:
         n = len(q & set(words(l)) - set(words(subject)) - {n.lower() for n in names})
         if n > overlap: best, overlap = l, n
     if not best: best = _by_meaning(q, lines)
     if not best: return 'The page does not say.'
-    if not (check and is_check(question)): return best
+    if not (check and asked): return best
     return ('Yes. ' if all(n in _NAME.findall(best) for n in names) else 'No. ') + best
 
 def _by_meaning(query_words, lines):
@@ -144,14 +152,14 @@ def _by_meaning(query_words, lines):
 
 # %% ../nbs/02_retrieval.ipynb #00678a7d
 def main_text(html):
-    "Title and text lines of the main element of an HTML page (links and emphasis become plain text)."
+    "Title and text lines of the main element of an HTML page, without tables; links and emphasis become plain text."
     from bs4 import BeautifulSoup
     from markdownify import markdownify
     soup = BeautifulSoup(html, 'lxml')
     main = soup.find('main') or soup.find('article') or soup.body or soup
-    for t in main.find_all(['nav', 'script', 'style', 'footer']): t.decompose()
+    for t in main.find_all(['nav', 'script', 'style', 'footer', 'table']): t.decompose()
     title = main.find('h1') or soup.title
-    md = markdownify(str(main), strip=['a', 'b', 'img'], heading_style='ATX')
+    md = markdownify(str(main), strip=['a', 'b', 'strong', 'i', 'em', 'img'], heading_style='ATX', escape_asterisks=False, escape_underscores=False)
     return (title.get_text(strip=True) if title else ''), [l.strip() for l in md.splitlines() if l.strip()]
 
 # %% ../nbs/02_retrieval.ipynb #0d643fc3
@@ -175,14 +183,14 @@ def ask_fair(web, rng, k=3, stats=None, **kw):
         ok = answerable(web, q, k)
         if stats is not None: stats['drawn'] = stats.get('drawn', 0) + 1; stats['unfair'] = stats.get('unfair', 0) + (not ok)
         if ok: return q
-    raise WebseerError(f'world {web.world.seed} gave no answerable question in 200 draws; lower near, stale_share or miss, or raise reliability')
+    raise WebseerError(f'world {web.world.seed} gave no answerable question in 200 draws; lower near, stale_share or miss, or raise sites')
 
 # %% ../nbs/02_retrieval.ipynb #3aac7ca7
 def audit_worlds(
     profile,          # run profile
     n_questions=100,  # questions drawn per world
 ):                    # counts, and the share of drawn questions that had to be rejected
-    "Coverage of the test worlds: how many questions are answerable, and how many of five pages per fact are right."
+    "Coverage of the test worlds: how many drawn questions are answerable, and how many pages within reach support a hop."
     stats, support, n = {}, 0, 0
     cfg = WorldConfig.of(profile)
     for i in range(profile.test_worlds):

@@ -97,7 +97,7 @@ CONSTANTS = [  # name, paper (arXiv 2510.18798), released code (99hgz/WebSeer at
     ("L_max, tokens", "unknown", "30000 (naive.py, run_re_rag.sh)", "30000"),
     ("penalty beyond L_max", "−1", "keeps falling; bounded by truncation at 30000 (naive.py)", "as the variant"),
     ("what L counts", "the response", "the response with all tool text (naive.py)", "n_tokens, decided by the caller"),
-    ("most submissions, training", "20", "5 (re_rag_tool.py)", "as the variant"),
+    ("most submissions, training", "20", "5 (sglang_rollout.py: count > 4)", "as the variant"),
     ("score that ends the rollout", "unknown", "recall > 0.9 (re_rag_tool.py)", "paper: F1 = 1"),
     ("gold aliases", "unknown", "first only (re_rag_tool.py)", "all; first only with cfg['golds']"),
 ]
@@ -128,6 +128,7 @@ def length_penalty(
     floor: bool = True,    # stay at −1 beyond l_max (paper); False keeps falling (released code)
 ) -> float:                # 0 or negative
     "R_format: nothing up to l_expect, then linearly down."
+    if not 0 <= l_expect < l_max: raise WebseerError(f"length_penalty: l_expect = {l_expect!r}, l_max = {l_max!r} (must satisfy 0 <= l_expect < l_max)")
     x = min(0.0, -(n_tokens - l_expect) / (l_max - l_expect))
     return max(-1.0, x) if floor else x
 
@@ -243,7 +244,9 @@ def probes(
     candidates: list,  # what a guesser would name, the gold among them (not first)
 ) -> dict:             # probe name -> list of submitted texts
     "Honest and dishonest ways to answer."
-    wrong = next(c for c in candidates if normalise(c) != normalise(gold))
+    wrong = next((c for c in candidates if normalise(c) != normalise(gold)), None)
+    if wrong is None or not any(normalise(c) == normalise(gold) for c in candidates):
+        raise WebseerError(f"probes: the candidates {candidates!r} must hold the gold answer {gold!r} and a wrong one")
     return {
         "honest, right": [gold],
         "honest, wrong": [wrong],

@@ -10,7 +10,7 @@ __all__ = ['MICRO', 'advantages', 'clipped', 'low_variance_kl', 'aggregate', 'to
 import json
 from pathlib import Path
 import torch
-from .core import WebseerError, append_jsonl, keyed_rng, read_jsonl, run_dir, set_seed
+from .core import WebseerError, append_jsonl, claim, keyed_rng, read_jsonl, run_dir, set_seed
 from .world import World, WorldConfig
 from .retrieval import MiniWeb, ask_fair
 from .tools import Tools
@@ -18,7 +18,7 @@ from .traj import Traj, save_trajs
 from .rewards import reward
 from .agent import Budget, rollouts, run_sync
 from .model import ModelPolicy, load_checkpoint, save_checkpoint
-from .sft import claim_folder, keep_rows, load_state, pad_stack, save_state
+from .sft import keep_rows, load_state, pad_stack, save_state
 
 # %% ../nbs/10_rl.ipynb #c605d298
 def advantages(
@@ -121,7 +121,8 @@ def warnings(rows, window=5):
     r = rows[-window:]; mean = lambda k: sum(x[k] for x in r) / max(1, len(r)); out = []
     if not r: return out
     if mean('malformed') > .1: out.append(f'{mean("malformed"):.0%} of calls are malformed: lower rl_lr or raise kl')
-    if mean('entropy') < .005: out.append(f'entropy is {mean("entropy"):.4f} nats a token: the policy no longer explores')
+    h = [x['entropy'] for x in r if x['entropy'] is not None]                   # unknown in a step without a live group
+    if h and sum(h) / len(h) < .005: out.append(f'entropy is {sum(h) / len(h):.4f} nats a token: the policy no longer explores')
     if mean('live') < .15: out.append(f'only {mean("live"):.0%} of groups have reward variance: questions are too easy or too hard')
     if mean('truncated') > .3: out.append(f'{mean("truncated"):.0%} of rollouts hit a budget: they ramble')
     return out
@@ -137,7 +138,7 @@ def train(
     "Train from the SFT checkpoint of the same seed, resuming from the last state."
     from tqdm.auto import tqdm
     budget = stage_budget(profile, stage); folder = run_dir(profile, seed) / (name or stage); done, state = folder / 'checkpoint', folder / 'state.pt'
-    claim_folder(folder, profile, stage=stage, seed=seed)
+    claim(folder, **profile.part('world', 'teacher', 'data', 'model', 'sft', 'rl', 'loop'), stage=stage, seed=seed)
     if (done / 'model.safetensors').exists(): return done
     torch.set_num_threads(1); set_seed(seed)
     model, codec, _ = load_checkpoint(run_dir(profile, seed) / 'sft' / 'checkpoint')
@@ -154,7 +155,7 @@ def train(
         keyed_rng('minibatches', seed, stage, step).shuffle(use); stats = []
         for part in (use[k::profile.rl_minibatches] for k in range(profile.rl_minibatches)):
             if part: stats.append(update(model, ref, opt, [ts[i] for i in part], adv.view(-1)[part], profile, codec))
-        row = dict(step=step, **summary(ts, live), **{k: sum(s[k] for s in stats) / len(stats) if stats else 0. for k in ('entropy', 'kl', 'clip_frac', 'grad_norm')}, lr=lr)
+        row = dict(step=step, **summary(ts, live), **{k: sum(s[k] for s in stats) / len(stats) if stats else None for k in ('entropy', 'kl', 'clip_frac', 'grad_norm')}, lr=lr)
         rows.append(row); bar.set_postfix(reward=f'{row["reward"]:.2f}', first=f'{row["first_acc"]:.2f}', calls=f'{row["calls"]:.1f}', refresh=False)
         if (step + 1) % profile.checkpoint_every == 0 or step + 1 == stop:
             save_trajs(folder / 'rollouts' / f'step{step:04}.jsonl', ts[:profile.rl_group])

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['encode_messages', 'pad_stack', 'token_batches', 'batch_stream', 'sft_loss', 'save_state', 'load_state', 'keep_rows',
-           'claim_folder', 'learning_rate', 'load_data', 'train']
+           'learning_rate', 'load_data', 'train']
 
 # %% ../nbs/09_sft.ipynb #d86aec43
 import json, os, time
 from pathlib import Path
 import torch, torch.nn.functional as F
-from .core import WebseerError, append_jsonl, keyed_rng, read_jsonl, run_dir, set_seed, write_json, write_text, to_json
+from .core import WebseerError, append_jsonl, claim, keyed_rng, read_jsonl, run_dir, set_seed, write_text, to_json
 from .traj import load_trajs
 from .agent import ASSISTANT, render_message
 from .model import THOUGHTS, Codec, ModelConfig, Qwen2, init_weights, load_checkpoint, save_checkpoint
@@ -83,15 +83,6 @@ def keep_rows(path, step):
     "Drop metric rows from `step` on (they will be computed again)."
     if Path(path).exists(): write_text(path, ''.join(to_json(r) + '\n' for r in read_jsonl(path, tolerate_tail=True) if r['step'] < step))
 
-def claim_folder(folder, profile, **what):
-    "Refuse to continue a folder that another setting made."
-    folder.mkdir(parents=True, exist_ok=True); p = folder / 'params.json'; mine = json.loads(to_json(dict(profile=profile.part('world', 'teacher', 'data', 'model', 'sft', 'rl', 'loop'), **what)))
-    if p.exists():
-        old = json.loads(p.read_text())
-        diff = [k for k in {**old['profile'], **mine['profile']} if old['profile'].get(k) != mine['profile'].get(k)] + [k for k in what if old.get(k) != mine[k]]
-        if diff: raise WebseerError(f'{folder} was made with other settings ({", ".join(diff[:5])}); delete the folder, or name another outputs folder in WEBSEER_OUTPUTS')
-    else: write_json(p, mine)
-
 # %% ../nbs/09_sft.ipynb #4d443440
 def learning_rate(step, steps, peak, warmup, decay=.4):
     "Linear warm-up, constant, linear decay to nearly nothing over the last `decay` share."
@@ -116,7 +107,7 @@ def train(
     "Train the tiny model on reflection data, resuming from the last state."
     from tqdm.auto import tqdm
     folder = run_dir(profile, seed) / 'sft'; done, state = folder / 'checkpoint', folder / 'state.pt'
-    claim_folder(folder, profile, stage='sft', seed=seed)
+    claim(folder, **profile.part('world', 'teacher', 'data', 'model', 'sft', 'loop'), stage='sft', seed=seed)
     if (done / 'model.safetensors').exists(): return done
     torch.set_num_threads(1); set_seed(seed); codec = Codec()
     model = init_weights(Qwen2(ModelConfig.of(profile, codec.n)), seed, (1, 2, 3) if profile.look_back else ())

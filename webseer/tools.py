@@ -6,10 +6,9 @@
 __all__ = ['TOOLS', 'ARGUMENTS', 'NOTHING', 'render_hits', 'ToolError', 'Tools', 'AsyncTools']
 
 # %% ../nbs/03_tools.ipynb #9178019b
-import json
 from dataclasses import dataclass
 from .core import WebseerError
-from .retrieval import PageNotFound, main_text, read_lines, is_check
+from .retrieval import PageNotFound, main_text, read_lines
 
 # %% ../nbs/03_tools.ipynb #82d7752d
 def _tool(name, description, **args):
@@ -17,8 +16,10 @@ def _tool(name, description, **args):
         type='object', properties={k: dict(type='string', description=v) for k, v in args.items()}, required=list(args))))
 
 TOOLS = [
-    _tool('search', 'Search the web. Returns titles, addresses and extracts; every word of the query must occur on a page.', query='a few keywords'),
-    _tool('query_on_page', 'Read one page for a question. Use an address that a search returned.', url='address of the page', question='what to find out, or a yes/no question to check'),
+    _tool('search', 'Search the web. Returns titles, addresses and extracts; every word of the query must occur on a page.',
+          query='a few keywords'),
+    _tool('query_on_page', 'Read one page for a question. Use an address that a search returned.',
+          url='address of the page', question='what to find out, or a yes/no question to check'),
     _tool('submit_answer', 'Submit the final answer.', answer='the answer, as short as possible')]
 ARGUMENTS = {t['function']['name']: t['function']['parameters']['required'] for t in TOOLS}
 
@@ -60,6 +61,7 @@ class Tools:
         if missing: raise ToolError(f'{name} needs the argument {", ".join(missing)}.')
         extra = [a for a in args if a not in ARGUMENTS[name]]
         if extra: raise ToolError(f'{name} has no argument {", ".join(extra)}.')
+        if name == 'submit_answer': raise ToolError('submit_answer is for the agent loop, not for the tools.')
         return getattr(self, name)(**args)
 
 # %% ../nbs/03_tools.ipynb #ab19d882

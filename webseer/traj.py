@@ -8,12 +8,12 @@ __all__ = ['STOPS', 'SCHEMA', 'Traj', 'save_trajs', 'load_trajs']
 # %% ../nbs/04_traj.ipynb #d19718d1
 import json, html
 from dataclasses import dataclass, field, asdict, fields
-from .core import WebseerError, append_jsonl, read_jsonl, write_text
+from .core import WebseerError, read_jsonl, write_text
 
 # %% ../nbs/04_traj.ipynb #7fa7f3ae
 STOPS = {'correct': 'a submission was right (training with feedback)', 'submitted': 'the only allowed submission was made',
          'max_submissions': 'all allowed submissions were wrong', 'max_calls': 'the tool-call budget ran out',
-         'max_turns': 'the turn budget ran out', 'max_tokens': 'the context was full', 'error': 'the policy failed'}
+         'max_turns': 'the turn budget ran out', 'max_tokens': 'the context was full', 'error': 'the policy or the retriever failed'}
 
 # %% ../nbs/04_traj.ipynb #0b84964a
 SCHEMA = 'webseer.traj/1'
@@ -55,7 +55,8 @@ class Traj:
         if d.get('schema') != SCHEMA: raise WebseerError(f'not a trajectory of schema {SCHEMA}: found {d.get("schema")!r}')
         unknown = set(d) - {f.name for f in fields(cls)}
         if unknown: raise WebseerError(f'trajectory has unknown fields {sorted(unknown)}; it was written by another version')
-        return cls(**d)
+        try: return cls(**d)
+        except TypeError as e: raise WebseerError(f'trajectory is incomplete: {e}') from None
 
     @property
     def tool_calls(self):

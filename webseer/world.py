@@ -68,13 +68,14 @@ class WorldConfig:
     reliability: tuple = (.95, .88, .80, .72, .65)  # P(a site states a fact rightly), one per site
     near: float = .08               # P(a page is about somebody of nearly the same name)
     stale_share: float = .15        # P(a wrong value is the out-of-date one that other sites may repeat too)
-    stale_snippet: float = .20      # P(the search engine's copy of a fact is older than the page, and wrong)
+    stale_snippet: float = .20      # P(the search engine's copy of a fact differs from the page)
     miss: float = .20               # P(all sites avoid the noun wording of a fact); the same for the verb wording
     @classmethod
     def of(cls, profile): return cls(**{f.name: getattr(profile, 'sites' if f.name == 'reliability' else f.name) for f in fields(cls)})
     def __post_init__(self):
         if not 2 <= self.n_entities <= 80: raise WebseerError(f'n_entities is {self.n_entities}; a world has 2 to 80 entities of a type')
-        if not 1 <= len(self.reliability) <= len(SITES): raise WebseerError(f'reliability has {len(self.reliability)} values; give one for each of the sites in use, at most {len(SITES)}: {SITES}')
+        if not 1 <= len(self.reliability) <= len(SITES): raise WebseerError(
+            f'sites has {len(self.reliability)} values; give the reliability of each site in use, 1 to {len(SITES)} of them: {SITES}')
 
 # %% ../nbs/01_world.ipynb #afcf638a
 FILLER = ('This entry was checked by volunteers.', 'Readers may suggest corrections below.', 'More background follows in the archive.',
@@ -228,9 +229,10 @@ def same_question(world, rng, qid=''):
 
 def compare_question(world, rng, qid=''):
     "Which of two films was released first."
-    while True:
+    for _ in range(100):
         a, b = rng.sample(world.entities['film'], 2); ya, yb = world.facts[a, 'year'], world.facts[b, 'year']
         if ya != yb: break
+    else: raise WebseerError(f'world {world.seed} has no two films of different years; raise n_entities')
     x = a if ya < yb else b
     return Question(qid, f'Which film is older, {a} or {b}?', (x, world.alias[x]), 2, 'compare', ((a, 'year', ya), (b, 'year', yb)), world.seed)
 
