@@ -13,21 +13,30 @@ from typing import Protocol
 from .core import WebseerError
 from .tools import TOOLS, ToolError
 from .retrieval import is_check
-from .traj import Traj, STOPS
+from .traj import Traj
 from .rewards import feedback_text, score_answer, solved
 
 # %% ../nbs/06_agent.ipynb #9ff17243
 INSTRUCTION = ('You answer questions by looking things up. Pages disagree and extracts may be out of date, so check what you find. '
                'Submit a short answer.')
-SYSTEM = (INSTRUCTION + '\n\n# Tools\n\nYou may call one function at a time. Function signatures are inside <tools></tools> tags:\n<tools>\n'
-          + '\n'.join(json.dumps(t) for t in TOOLS) + '\n</tools>\n\nReturn each call as a JSON object inside <tool_call></tool_call> tags:\n'
+SYSTEM = (INSTRUCTION + '\n\n# Tools\n\nYou may call one function at a time. '
+          'Function signatures are inside <tools></tools> tags:\n<tools>\n'
+          + '\n'.join(json.dumps(t) for t in TOOLS)
+          + '\n</tools>\n\nReturn each call as a JSON object inside <tool_call></tool_call> tags:\n'
           '<tool_call>\n{"name": <function-name>, "arguments": <arguments-object>}\n</tool_call>')
 
-def call_text(name, /, **args):
+def call_text(
+    name,    # tool name
+    /,
+    **args,  # its arguments, in this order
+):           # JSON between `<tool_call>` tags
     "A tool call in Hermes style."
     return f'<tool_call>\n{json.dumps(dict(name=name, arguments=args), ensure_ascii=False)}\n</tool_call>'
 
-def render_message(m, first=False):
+def render_message(
+    m,            # chat message: role, content and, from an assistant, tool_calls
+    first=False,  # no line break before it
+):                # text that ends with `<|im_end|>`
     "One chat message as ChatML text (a turn starts with the line break that separates it from the one before)."
     nl = '' if first else '\n'
     if m['role'] == 'tool': return f'{nl}<|im_start|>user\n<tool_response>\n{m["content"]}\n</tool_response><|im_end|>'
@@ -35,24 +44,32 @@ def render_message(m, first=False):
     for c in m.get('tool_calls', []): body += call_text(c['function']['name'], **json.loads(c['function']['arguments']))
     return f'{nl}<|im_start|>{m["role"]}\n{body}<|im_end|>'
 
-def render(messages, generate=False):
+def render(
+    messages,        # chat messages
+    generate=False,  # append the opening of an assistant's turn
+):                   # text
     "A conversation as text; with `generate`, up to where the assistant speaks."
     out = ''.join(render_message(m, i == 0) for i, m in enumerate(messages))
     return out + ASSISTANT if generate else out
 
 ASSISTANT = '\n<|im_start|>assistant\n'
 
-def first_messages(question):
+def first_messages(
+    question,  # text of the question
+):             # list of two chat messages
     "System and user message of a rollout."
     return [dict(role='system', content=SYSTEM), dict(role='user', content=question)]
 
 # %% ../nbs/06_agent.ipynb #c9ad1178
 _CALL = re.compile(r'<tool_call>\s*(.*?)\s*</tool_call>', re.S)
 
-def _load(s): return json.loads(json.dumps(json.loads(s), ensure_ascii=False).encode('utf-8', 'replace'))   # half a surrogate pair becomes '?'
+def _load(s):                                                                   # half a surrogate pair becomes '?'
+    return json.loads(json.dumps(json.loads(s), ensure_ascii=False).encode('utf-8', 'replace'))
 
-def parse_reply(text):
-    "Split a reply into its thought and its calls: (thought, [(name, arguments)], error or None)."
+def parse_reply(
+    text,  # what the model wrote; a final `<|im_end|>` is left out
+):         # (thought, [(name, arguments)], None), or (thought, [], what is wrong with it)
+    "Split a reply into its thought and its calls; one broken call makes the whole reply an error."
     text = text.removesuffix('<|im_end|>')
     thought, blocks = text.split('<tool_call>')[0], _CALL.findall(text)
     if not blocks: return text, [], 'No tool was called. Call one tool.' if '<tool_call>' not in text else 'The call has no end.'
@@ -81,18 +98,46 @@ class Reply:
 
 class Policy(Protocol):
     "Anything that can act; `start` and `end` bracket each rollout."
-    async def act(self, traj: Traj) -> Reply: ...
-    def start(self, traj: Traj): ...
-    def end(self, traj: Traj): ...
+    async def act(self,
+        traj: Traj,  # the rollout so far
+    ) -> Reply:      # the next turn
+        "Say what to do next."
+        ...
+    def start(self,
+        traj: Traj,  # a rollout with its first messages
+    ):
+        "Called once before the first turn."
+        ...
+    def end(self,
+        traj: Traj,  # the rollout as it ended
+    ):
+        "Called once after the last turn, also when the rollout failed."
+        ...
 
 class ScriptedPolicy:
     "A policy from a generator function: it yields reply texts and is sent the tool's answers."
-    def __init__(self, script): self.script, self._runs = script, {}      # script(traj) -> generator
-    def start(self, traj): self._runs[id(traj)] = self.script(traj)
-    def end(self, traj): self._runs.pop(id(traj)).close()
-    async def act(self, traj):
+    def __init__(self,
+        script,  # script(traj) -> generator of reply texts
+    ):
+        self.script, self._runs = script, {}
+    def start(self,
+        traj,  # a rollout with its first messages
+    ):
+        "Start a generator for this rollout."
+        self._runs[id(traj)] = self.script(traj)
+    def end(self,
+        traj,  # the rollout as it ended
+    ):
+        "Close the rollout's generator."
+        self._runs.pop(id(traj)).close()
+    async def act(self,
+        traj,  # the rollout so far; its last message is sent to the generator
+    ):         # Reply without token ids
+        "The generator's next text. Raises WebseerError if the script has ended."
         run = self._runs[id(traj)]
-        try: return Reply(next(run) if traj.messages[-1]['role'] == 'user' and len(traj.messages) == 2 else run.send(traj.messages[-1]['content']))
+        try:
+            return Reply(next(run) if traj.messages[-1]['role'] == 'user' and len(traj.messages) == 2
+                         else run.send(traj.messages[-1]['content']))
         except StopIteration: raise WebseerError(f'the script ended without an answer to: {traj.question}')
 
 # %% ../nbs/06_agent.ipynb #c66f412b
@@ -107,13 +152,13 @@ class Budget:
 
 # %% ../nbs/06_agent.ipynb #30e1b4df
 async def rollout(
-    policy,        # a Policy
-    tools,         # Tools
-    question,      # Question (or anything with text, golds, qid, hops, world)
-    budget=Budget(),
-    seed=0,        # recorded, and passed on to policies that sample
-    meta=None,     # recorded as is
-):                 # Traj
+    policy,           # a Policy
+    tools,            # Tools, synchronous or asynchronous
+    question,         # Question (or anything with text, golds, qid, hops, world, path)
+    budget=Budget(),  # limits of the rollout
+    seed=0,           # recorded, and passed on to policies that sample
+    meta=None,        # dict, recorded beside the oracle's path
+):                    # Traj
     "Let a policy work on a question until a stop reason holds."
     t = Traj(question.text, list(question.golds), question.qid, question.hops, question.world, first_messages(question.text), seed=seed,
              meta={**(meta or {}), 'path': [list(p) for p in question.path]})
@@ -133,7 +178,9 @@ async def rollout(
 def _record_tokens(t, reply):
     if reply.ids is None: return
     for ids, on, lps in ((reply.prompt_ids, 0, None), (reply.ids, 1, reply.logprobs)):
-        t.ids += ids; t.mask += [on] * len(ids); t.logprobs += lps or [0.] * len(ids)
+        t.ids += ids
+        t.mask += [on] * len(ids)
+        t.logprobs += lps or [0.] * len(ids)
 
 def _call_record(i, name, args):
     return dict(id=str(i), type='function', function=dict(name=name, arguments=json.dumps(args, ensure_ascii=False)))
@@ -164,22 +211,31 @@ async def _call(t, tools, name, args):
     return out
 
 def _submit(t, answer, budget):
-    s = dict(answer=answer, **score_answer(answer, t.golds)); t.submissions.append(s); t.calls.append('submit_answer')
+    s = dict(answer=answer, **score_answer(answer, t.golds))
+    t.submissions.append(s)
+    t.calls.append('submit_answer')
     if budget.max_submissions == 1: t.stop = 'submitted'
     elif solved(t.submissions, 'released' if budget.feedback == 'released' else 'paper'): t.stop = 'correct'
     elif len(t.submissions) >= budget.max_submissions: t.stop = 'max_submissions'
     return '' if t.stop else 'Received.' if budget.feedback == 'none' else feedback_text(t.submissions, budget.feedback)
 
 # %% ../nbs/06_agent.ipynb #7ac4360b
-async def rollouts(policy, jobs, budget=Budget(), concurrency=100_000):
+async def rollouts(
+    policy,               # a Policy; it sees all rollouts at once
+    jobs,                 # (tools, question) or (tools, question, seed), one per rollout; the seed is 0 by default
+    budget=Budget(),      # limits of each rollout
+    concurrency=100_000,  # rollouts under way at a time
+):                        # list of Traj, in the order of the jobs
     "Run `jobs`, pairs of (tools, question) or triples with a seed, side by side; trajectories come back in order."
     gate = asyncio.Semaphore(concurrency)
     async def one(tools, q, seed=0):
         async with gate: return await rollout(policy, tools, q, budget, seed)
     return await asyncio.gather(*(one(*j) for j in jobs))
 
-def run_sync(coro):
-    "Run a coroutine from a script or from a notebook cell."
+def run_sync(
+    coro,  # a coroutine, not started yet
+):         # its result
+    "Run a coroutine from a script or, in a thread of its own, from a notebook cell."
     try: asyncio.get_running_loop()
     except RuntimeError: return asyncio.run(coro)
     from concurrent.futures import ThreadPoolExecutor

@@ -130,7 +130,8 @@ _truth = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 _choices = {"rl_advantage": ("loo", "std"), "aggregation": ("token", "sequence"), "reward": ("paper", "released", "single"),
             "reward_score": ("em", "f1", "recall", "cover_em"), "kinds": ("chain", "same", "compare")}
 _at_least = {"k": 1, "n_entities": 2, "n_worlds": 1, "per_world": 1, "test_worlds": 1, "test_questions": 1, "max_calls": 1, "max_submissions": 1,
-             "rl_group": 2, "rl_questions": 1, "sft_tokens": 1, "checkpoint_every": 1, "passk": 1}
+             "rl_group": 2, "rl_questions": 1, "rl_minibatches": 1, "rl_temperature": 0.01, "sft_tokens": 1, "sft_warmup": 1, "n_heads": 1,
+             "n_kv_heads": 1, "checkpoint_every": 1, "passk": 1}
 
 def _cast(
     value,  # text from settings.ini or a Python value
@@ -187,6 +188,8 @@ def load_profile(
         if many and not out[key]: raise WebseerError(f"setting {key} of profile {name!r} is empty: give at least one value")
         if out[key] == out[key] and not many and out[key] < _at_least.get(key, out[key]):
             raise WebseerError(f"setting {key} of profile {name!r} is {out[key]}: it must be at least {_at_least[key]}")
+    for part, whole in (("n_heads", "d_model"), ("n_kv_heads", "n_heads")):
+        if out[whole] % out[part]: raise WebseerError(f"setting {part} of profile {name!r} is {out[part]}, which does not divide {whole} = {out[whole]}")
     if len(out["hop_weights"]) != 4: raise WebseerError(f"setting hop_weights of profile {name!r} has {len(out['hop_weights'])} values: give four, for 1, 2, 3 and 4 hops")
     return Profile(name=name, **out)
 

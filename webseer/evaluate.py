@@ -7,13 +7,11 @@ __all__ = ['STAGES', 'MODES', 'test_world', 'result_row', 'run_baselines', 'eval
            'ask']
 
 # %% ../nbs/11_evaluate.ipynb #105555e2
-import json
 from pathlib import Path
-from .core import WebseerError, append_jsonl, claim, keyed_rng, read_jsonl, run_dir
+from .core import WebseerError, append_jsonl, claim, keyed_rng, read_jsonl, run_dir, to_json, write_text
 from .world import World, WorldConfig
 from .retrieval import MiniWeb, ask_fair
 from .tools import Tools
-from .traj import Traj
 from .agent import Budget, rollouts, run_sync
 from .reflect import LADDER, ladder_policy
 
@@ -21,47 +19,64 @@ from .reflect import LADDER, ladder_policy
 STAGES = ('untrained', 'sft', 'single', 'srrl')
 MODES = ('greedy', 'sampled', 'feedback', 'budget')
 
-def test_world(profile, i):
-    "Retriever, tools and questions of test world `i`."
+def test_world(
+    profile,  # run profile
+    i,        # number of the test world, from 0
+):            # (MiniWeb, Tools, list of Question)
+    "Retriever, tools and questions of test world `i`. Raises WebseerError if it has too few different questions."
     web = MiniWeb(World(f'test-{i}', WorldConfig.of(profile))); qs = {}
     for j in range(profile.test_questions):
         for redraw in range(100):
             rng = keyed_rng('test', i, j, *([redraw] if redraw else []))
-            q = ask_fair(web, rng, profile.k, hop_weights=[float(j % 3 == h) for h in range(3)] + [0.], split='test', kinds=profile.kinds, qid=f't{i}-{j}')
+            q = ask_fair(web, rng, profile.k, hop_weights=[float(j % 3 == h) for h in range(3)] + [0.],
+                         split='test', kinds=profile.kinds, qid=f't{i}-{j}')
             if q.text not in qs: break
-        else: raise WebseerError(f'test world {i} has fewer than test_questions = {profile.test_questions} different questions; lower that or raise n_entities')
+        else: raise WebseerError(f'test world {i} has fewer than test_questions = {profile.test_questions} different questions; '
+                                 'lower that or raise n_entities')
         qs[q.text] = q
     return web, Tools(web, profile.k, profile.reader_check), list(qs.values())
 
 # %% ../nbs/11_evaluate.ipynb #9c4c6c52
-def result_row(t, stage, mode, seed, world, kind='chain', **more):
+def result_row(
+    t,             # Traj
+    stage,         # who answered: a trained stage or a scripted policy
+    mode,          # one of `MODES`, or scripted
+    seed,          # of the run
+    world,         # number of the test world
+    kind='chain',  # of the question
+    **more,        # further columns
+):                 # dict
     "A trajectory as a flat row; the first submission counts."
     s = t.submissions[0] if t.submissions else dict(answer=None, em=0., f1=0., recall=0., cover_em=0.)
     count = t.calls.count
-    return dict(qid=t.qid, world=world, hops=t.hops, kind=kind, stage=stage, mode=mode, seed=seed, answer=s['answer'], correct=int(s['em'] == 1),
-                **{k: s[k] for k in ('em', 'f1', 'recall', 'cover_em')}, calls=len(t.calls), n_search=count('search'), n_query=count('query_on_page'),
-                n_check=count('check'), n_submit=count('submit_answer'), malformed=count('malformed'), stop=t.stop, tokens=len(t.ids), **more)
+    return dict(qid=t.qid, world=world, hops=t.hops, kind=kind, stage=stage, mode=mode, seed=seed, answer=s['answer'],
+                correct=int(s['em'] == 1), **{k: s[k] for k in ('em', 'f1', 'recall', 'cover_em')}, calls=len(t.calls),
+                n_search=count('search'), n_query=count('query_on_page'), n_check=count('check'), n_submit=count('submit_answer'),
+                malformed=count('malformed'), stop=t.stop, tokens=len(t.ids), **more)
 
 # %% ../nbs/11_evaluate.ipynb #66272dec
 def _done(path, want):
     "Worlds that are complete in a file of rows; a torn or partial end is cut off."
     if not path.exists(): return set()
-    rows = read_jsonl(path, tolerate_tail=True); n = {}
+    rows, n = read_jsonl(path, tolerate_tail=True), {}
     for r in rows: n[r['world']] = n.get(r['world'], 0) + 1
     done = {w for w, c in n.items() if c == want}
     if len(rows) != want * len(done) or not path.read_bytes().endswith(b'\n'):
-        path.unlink(); append_jsonl(path, [r for r in rows if r['world'] in done])
+        write_text(path, ''.join(to_json(r) + '\n' for r in rows if r['world'] in done))
     return done
 
-def run_baselines(profile):
-    "Rows of the scripted ladder on the test worlds."
+def run_baselines(
+    profile,  # run profile
+):            # path of the JSONL file
+    "Write the rows of the scripted ladder on the test worlds, resuming."
     path = claim(run_dir(profile) / 'baselines', **profile.part('world', 'eval', 'loop')) / 'rows.jsonl'
     done = _done(path, profile.test_questions * (len(LADDER) + 2))
     for i in sorted(set(range(profile.test_worlds)) - done):
         web, tools, qs = test_world(profile, i); rows = []
         for name in [*LADDER, 'propose_verify', 'oracle']:
             for q in qs:
-                t, = run_sync(rollouts(ladder_policy(name, keyed_rng('ladder', name, q.qid), web), [(tools, q)], Budget(max_calls=profile.max_calls)))
+                t, = run_sync(rollouts(ladder_policy(name, keyed_rng('ladder', name, q.qid), web), [(tools, q)],
+                                       Budget(max_calls=profile.max_calls)))
                 rows.append(result_row(t, name, 'scripted', 0, i, q.kind))
         append_jsonl(path, rows)
     return path
@@ -72,8 +87,18 @@ def _policy(model, codec, profile, mode, *key):
     t = 0. if mode in ('greedy', 'budget') else profile.rl_temperature
     return ModelPolicy(model, codec, t, seed=keyed_rng(mode, *key).getrandbits(40))
 
-def evaluate_stage(profile, seed, stage, mode, model, codec, folder, group=5, label=None):
-    "Rows of one stage and mode, `group` worlds side by side."
+def evaluate_stage(
+    profile,     # run profile
+    seed,        # of the run
+    stage,       # name of the stage
+    mode,        # one of `MODES`
+    model,       # Qwen2
+    codec,       # Codec
+    folder,      # Path of the folder for the rows
+    group=5,     # worlds side by side; another number draws other samples
+    label=None,  # name of the stage in file and rows, if another
+):               # path of the JSONL file
+    "Write the rows of one stage and mode, `group` worlds side by side, resuming."
     from webseer.rl import stage_budget
     path = folder / f'{label or stage}.{mode}.jsonl'
     worlds = range(profile.test_worlds if mode in ('greedy', 'sampled') else -(-profile.test_worlds // 2))
@@ -81,22 +106,32 @@ def evaluate_stage(profile, seed, stage, mode, model, codec, folder, group=5, la
     done = _done(path, profile.test_questions * len(caps))
     for k in range(0, len(worlds), group):                          # the sampler's seed belongs to the group, so groups are fixed
         if done.issuperset(worlds[k:k + group]): continue
-        sets = {i: test_world(profile, i) for i in worlds[k:k + group]}; jobs = [(i, tools, q) for i, (_, tools, qs) in sets.items() for q in qs]; rows = []
+        sets = {i: test_world(profile, i) for i in worlds[k:k + group]}
+        jobs = [(i, tools, q) for i, (_, tools, qs) in sets.items() for q in qs]
+        rows = []
         for cap in caps:
             budget = stage_budget(profile, 'srrl') if mode == 'feedback' else Budget(max_calls=cap, max_tokens=profile.max_tokens)
             ts = run_sync(rollouts(_policy(model, codec, profile, mode, seed, k), [(tools, q) for _, tools, q in jobs], budget))
             for (i, _, q), t in zip(jobs, ts):
-                more = dict(max_calls=cap) if mode == 'budget' else dict(subs=[int(s['em'] == 1) for s in t.submissions]) if mode == 'feedback' else {}
+                more = (dict(max_calls=cap) if mode == 'budget'
+                        else dict(subs=[int(s['em'] == 1) for s in t.submissions]) if mode == 'feedback' else {})
                 rows.append(result_row(t, label or stage, mode, seed, i, q.kind, **more))
         append_jsonl(path, [r for r in rows if r['world'] not in done])
     return path
 
-def pass_rates(profile, seed, model, codec, folder):
-    "How many of `passk` samples of the SFT model are right, for each test question."
+def pass_rates(
+    profile,  # run profile
+    seed,     # of the run
+    model,    # Qwen2 after SFT
+    codec,    # Codec
+    folder,   # Path of the folder for the rows
+):            # path of the JSONL file; a row has n samples, of which c are right
+    "How many of `passk` samples of the SFT model are right, for each question of the first half of the test worlds; resumes."
     path = folder / 'sft.passk.jsonl'; done = _done(path, profile.test_questions)
     for i in sorted(set(range(-(-profile.test_worlds // 2))) - done):
         web, tools, qs = test_world(profile, i)
-        ts = run_sync(rollouts(_policy(model, codec, profile, 'passk', seed, i), [(tools, q) for q in qs for _ in range(profile.passk)], Budget(max_calls=profile.max_calls, max_tokens=profile.max_tokens)))
+        ts = run_sync(rollouts(_policy(model, codec, profile, 'passk', seed, i), [(tools, q) for q in qs for _ in range(profile.passk)],
+                               Budget(max_calls=profile.max_calls, max_tokens=profile.max_tokens)))
         hit = [bool(t.submissions) and t.submissions[0]['em'] == 1 for t in ts]; n = profile.passk
         append_jsonl(path, [dict(qid=q.qid, world=i, hops=q.hops, n=n, c=sum(hit[j * n:(j + 1) * n])) for j, q in enumerate(qs)])
     return path
@@ -106,19 +141,21 @@ def _one_stage(args):
     import torch
     from webseer.model import load_checkpoint
     torch.set_num_threads(1)
-    base = run_dir(profile, seed); folder = base / 'eval'; folder.mkdir(exist_ok=True)
+    base = run_dir(profile, seed)
+    folder = base / 'eval'
+    folder.mkdir(exist_ok=True)
     model, codec, _ = load_checkpoint(base / stage / 'checkpoint')
     for mode in MODES if stage != 'untrained' else ('greedy',): evaluate_stage(profile, seed, stage, mode, model, codec, folder)
     if stage == 'sft': pass_rates(profile, seed, model, codec, folder)
     return stage
 
 def run(
-    profile,    # run profile
-    seed=0,
-    workers=2,  # processes; each handles one stage at a time
-    stages=STAGES,
-):              # {stage: {mode: accuracy}}
-    "Evaluate every stage that has a checkpoint, resuming."
+    profile,        # run profile
+    seed=0,         # of the run
+    workers=2,      # processes; each handles one stage at a time
+    stages=STAGES,  # stages to evaluate, those without a checkpoint left out
+):                  # {stage: {mode: accuracy}}
+    "Evaluate every stage that has a checkpoint, resuming. Raises WebseerError if none has."
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     from tqdm.auto import tqdm
@@ -130,8 +167,10 @@ def run(
         for _ in tqdm(ex.map(_one_stage, [(profile, seed, s) for s in have]), total=len(have), desc='evaluate', mininterval=2): pass
     return summarise(base / 'eval')
 
-def summarise(folder):
-    "Mean accuracy of the first submission for each rows file of a folder: {stage: {mode: accuracy}}."
+def summarise(
+    folder,  # folder with rows files, named stage.mode.jsonl
+):           # {stage: {mode: accuracy}}, accuracies from 0 to 1
+    "Mean accuracy of the first submission for each rows file of a folder (greedy, sampled and feedback)."
     out = {}
     for f in sorted(Path(folder).glob('*.jsonl')):
         stage, mode = f.name.split('.')[:2]
@@ -141,16 +180,18 @@ def summarise(folder):
 
 # %% ../nbs/11_evaluate.ipynb #24dded43
 def ask(
-    profile,
-    seed=0,
+    profile,        # run profile
+    seed=0,         # of the run
     stage='srrl',   # untrained, sft, single or srrl
-    question=None,  # a question about the world; default: one is drawn
+    question=None,  # a question about the world; default: its second test question
     world=0,        # number of the test world
-):                  # Traj
-    "Let a trained stage answer a question about a test world."
+):                  # Traj; for a question that is not in the test set, its scores mean nothing
+    "Let a trained stage answer a question about a test world, greedily. Raises WebseerError if the stage has no checkpoint."
     from webseer.model import ModelPolicy, load_checkpoint
     from webseer.world import Question
     model, codec, _ = load_checkpoint(run_dir(profile, seed) / stage / 'checkpoint')
     web, tools, qs = test_world(profile, world)
-    q = qs[1] if question is None else next((q for q in qs if q.text == question), Question('asked', question, ('(not known)',), 0, 'asked', (), web.world.seed))
-    return run_sync(rollouts(ModelPolicy(model, codec), [(tools, q)], Budget(max_calls=profile.max_calls, max_tokens=profile.max_tokens)))[0]
+    q = qs[min(1, len(qs) - 1)] if question is None else next(
+        (q for q in qs if q.text == question), Question('asked', question, ('(not known)',), 0, 'asked', (), web.world.seed))
+    return run_sync(rollouts(ModelPolicy(model, codec), [(tools, q)],
+                             Budget(max_calls=profile.max_calls, max_tokens=profile.max_tokens)))[0]

@@ -18,25 +18,28 @@ from .tools import NOTHING
 from .agent import ASSISTANT, SYSTEM, Reply, call_text, render, render_message
 
 # %% ../nbs/07_model.ipynb #4b3371ce
-THOUGHTS = dict(propose='I think the answer is {}. Let me verify it.\n', right='The evidence confirms it.\n', wrong='The evidence contradicts it.\n')
+THOUGHTS = dict(propose='I think the answer is {}. Let me verify it.\n',
+                right='The evidence confirms it.\n', wrong='The evidence contradicts it.\n')
 
-def phrases():
+def phrases():  # list of texts, each once, in a fixed order
     "Recurring text that becomes one token each, built from the very functions that produce it."
     def opening(name, **args):                                               # a call up to its first argument, and the pieces after it
         return call_text(name, **{k: '§' for k in args}).split('§')
-    search, reader, submit = (opening(n, **{a: '' for a in args}) for n, args in [('search', ['query']), ('query_on_page', ['url', 'question']), ('submit_answer', ['answer'])])
+    search, reader, submit = (opening(n, **{a: '' for a in args}) for n, args in [
+        ('search', ['query']), ('query_on_page', ['url', 'question']), ('submit_answer', ['answer'])])
     out = [render_message(dict(role='system', content=SYSTEM), first=True), ASSISTANT, '\n<|im_start|>user\n']
     out += render_message(dict(role='tool', content='\0')).removesuffix('<|im_end|>').split('\0')
     out += [*search, *reader, *submit, '?' + search[-1]]
     out += [p for t in THOUGHTS.values() for p in t.split('{}')]
-    out += [f'https://{s}.example/' for s in SITES] + ['- ', '\n- ', '.\n- ', NOTHING, 'This page is about ', 'The page does not say.', 'Yes. ', 'No. ', '.', '?']
+    out += [f'https://{s}.example/' for s in SITES] + [
+        '- ', '\n- ', '.\n- ', NOTHING, 'This page is about ', 'The page does not say.', 'Yes. ', 'No. ', '.', '?']
     for r in RELATIONS.values():
         out += [r.noun, f'The {r.name} of ', r.verb, r.ask, f'\n  {r.name.capitalize()}: ', f'\n  ...{r.verb}']
     out += [' is ', 'Is ', ' also ', 'Which film is older, ', ', ', ' or '] + list(ASK.values()) + [f'{n}.' for n in NEAR.values()]
     out += ['correct', 'incorrect, F1 = ', 'incorrect, f1 = ', 'Received.', 'No page has this address.']
     return list(dict.fromkeys(p for p in out if p))
 
-def build_tokenizer():
+def build_tokenizer():  # tokenizers.Tokenizer; the same at every call
     "Byte-level tokenizer whose added tokens are the lexicon and the recurring phrases."
     from tokenizers import Tokenizer, AddedToken, models, pre_tokenizers, decoders
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -44,24 +47,31 @@ def build_tokenizer():
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ('<|endoftext|>', '<|im_start|>', '<|im_end|>')])
     t.add_tokens([AddedToken(p, normalized=False) for p in phrases()])
-    t.add_tokens([AddedToken(n, normalized=False, single_word=True) for n in [*(n for ns in LEXICON.values() for n in ns), *YEARS, 'yes', 'no']])
+    t.add_tokens([AddedToken(n, normalized=False, single_word=True)
+                  for n in [*(n for ns in LEXICON.values() for n in ns), *YEARS, 'yes', 'no']])
     return t
 
 class Codec:
-    "Text to ids and back, exactly."
-    def __init__(self, tokenizer=None):
+    "Text to ids and back, exactly; `n` tokens, of which `pad` fills up and `end` ends a turn."
+    def __init__(self,
+        tokenizer=None,  # tokenizers.Tokenizer; None: the one of `build_tokenizer`
+    ):
         self.tok = tokenizer or build_tokenizer()
         self.n = self.tok.get_vocab_size()
         self.pad, self.end = self.tok.token_to_id('<|endoftext|>'), self.tok.token_to_id('<|im_end|>')
         self._cache = {}
-    def encode(self, text):
+    def encode(self,
+        text,  # any text
+    ):         # list of ids, nothing added
         "Token ids of a text."
         ids = self._cache.get(text)
         if ids is None:
             ids = self.tok.encode(text, add_special_tokens=False).ids
             if len(self._cache) < 200_000: self._cache[text] = ids
         return list(ids)
-    def decode(self, ids):
+    def decode(self,
+        ids,  # iterable of token ids
+    ):        # text
         "The text of token ids, special tokens included."
         return self.tok.decode(list(ids), skip_special_tokens=False)
 
@@ -69,38 +79,58 @@ class Codec:
 @dataclass(frozen=True)
 class ModelConfig:
     "Sizes of a Qwen2 decoder."
-    vocab: int
-    d_model: int = 96
-    n_layers: int = 3
-    n_heads: int = 4
-    n_kv_heads: int = 1
-    d_ff: int = 192
-    max_len: int = 1024
-    rope_theta: float = 10_000.
-    eps: float = 1e-6
+    vocab: int                   # tokens of the vocabulary
+    d_model: int = 96            # width d of the hidden states
+    n_layers: int = 3            # blocks
+    n_heads: int = 4             # query heads H
+    n_kv_heads: int = 1          # key and value heads K, each shared by H/K query heads
+    d_ff: int = 192              # width of the feed-forward layer
+    max_len: int = 1024          # positions, prompt included
+    rope_theta: float = 10_000.  # base of the rotary angles
+    eps: float = 1e-6            # added to the mean square in RMS normalisation
     @property
-    def head_dim(self): return self.d_model // self.n_heads
+    def head_dim(self): return self.d_model // self.n_heads  # width D of a head
     @classmethod
-    def of(cls, p, vocab): return cls(vocab, p.d_model, p.n_layers, p.n_heads, p.n_kv_heads, p.d_ff, p.max_len)
+    def of(cls,
+        p,      # run profile
+        vocab,  # tokens of the vocabulary
+    ):          # ModelConfig
+        "The sizes that a run profile asks for."
+        return cls(vocab, p.d_model, p.n_layers, p.n_heads, p.n_kv_heads, p.d_ff, p.max_len)
 
-def rotate(x, cos, sin):
-    "Rotary embedding: turn the two halves of each head by the position's angles. x: (B, T, H, D); cos, sin: (…, T, 1, D/2)."
+def rotate(
+    x,    # queries or keys (B, T, H, D)
+    cos,  # cosines of the positions' angles (…, T, 1, D/2)
+    sin,  # sines of the same angles
+):        # (B, T, H, D)
+    "Rotary embedding: turn the two halves of each head by the position's angles."
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 class Attention(nn.Module):
     "Grouped-query attention with biased projections."
-    def __init__(self, c):
+    def __init__(self,
+        c,  # ModelConfig
+    ):
         super().__init__(); self.c, d, D = c, c.d_model, c.head_dim
         self.q_proj = nn.Linear(d, c.n_heads * D); self.k_proj = nn.Linear(d, c.n_kv_heads * D)
         self.v_proj = nn.Linear(d, c.n_kv_heads * D); self.o_proj = nn.Linear(c.n_heads * D, d, bias=False)
 
-    def qkv(self, x, cos, sin):                                               # (B, T, d) -> (B, T, H, D), (B, T, K, D) twice
+    def qkv(self,
+        x,    # hidden states (B, T, d)
+        cos,  # cosines (…, T, 1, D/2)
+        sin,  # sines
+    ):        # queries (B, T, H, D), keys and values (B, T, K, D)
+        "Queries and keys, rotated to their positions, and values."
         B, T, _ = x.shape; D = self.c.head_dim
         q, k, v = (f(x).view(B, T, -1, D) for f in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x, cos, sin):
+    def forward(self,
+        x,    # hidden states (B, T, d) from position 0 on
+        cos,  # cosines (T, 1, D/2)
+        sin,  # sines
+    ):        # (B, T, d)
         "Causal attention over whole sequences."
         B, T, _ = x.shape
         q, k, v = (t.transpose(1, 2) for t in self.qkv(x, cos, sin))
@@ -108,9 +138,21 @@ class Attention(nn.Module):
         if g > 1: k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
         return self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1))
 
-    def cached(self, x, cos, sin, K, V, rows, pos, m, bias):
-        "Attention of new tokens at positions `pos` (B, T) over a cache K, V (B, M, heads, D), of which `m` positions are in use."
-        B, T, _ = x.shape; c = self.c; g = c.n_heads // c.n_kv_heads
+    def cached(self,
+        x,     # hidden states of the new tokens (B, T, d)
+        cos,   # cosines of their positions (B, T, 1, D/2)
+        sin,   # sines
+        K,     # cached keys (B, M, n_kv_heads, D); the new ones are written into it
+        V,     # cached values, likewise
+        rows,  # row numbers (B, 1)
+        pos,   # positions of the new tokens (B, T)
+        m,     # positions of the cache in use, the new ones included
+        bias,  # added to the scores (B, 1, 1, T, m): 0 for what a token may see, -1e9 elsewhere
+    ):         # (B, T, d)
+        "Attention of new tokens over a cache."
+        B, T, _ = x.shape
+        c = self.c
+        g = c.n_heads // c.n_kv_heads
         q, k, v = self.qkv(x, cos, sin)
         K[rows, pos], V[rows, pos] = k, v
         q = q.view(B, T, c.n_kv_heads, g, c.head_dim).permute(0, 2, 3, 1, 4).reshape(B, c.n_kv_heads, g * T, c.head_dim)
@@ -121,55 +163,98 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     "Gated feed-forward layer."
-    def __init__(self, c):
+    def __init__(self,
+        c,  # ModelConfig
+    ):
         super().__init__()
         self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False); self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
         self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
-    def forward(self, x): return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self,
+        x,  # (…, d)
+    ):      # (…, d)
+        "Transform each position by itself."
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class Block(nn.Module):
     "One decoder layer."
-    def __init__(self, c):
+    def __init__(self,
+        c,  # ModelConfig
+    ):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
         self.input_layernorm = nn.RMSNorm(c.d_model, eps=c.eps); self.post_attention_layernorm = nn.RMSNorm(c.d_model, eps=c.eps)
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self,
+        x,           # hidden states (B, T, d)
+        cos,         # cosines (…, T, 1, D/2)
+        sin,         # sines
+        cache=None,  # (K, V, rows, pos, m, bias) as in `Attention.cached`; None: whole sequences
+    ):               # (B, T, d)
+        "Attention, then feed-forward, each added to what came in."
         z = self.input_layernorm(x)
         x = x + (self.self_attn(z, cos, sin) if cache is None else self.self_attn.cached(z, cos, sin, *cache))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Decoder(nn.Module):
     "Embedding, blocks, final norm."
-    def __init__(self, c):
+    def __init__(self,
+        c,  # ModelConfig
+    ):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab, c.d_model); self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.norm = nn.RMSNorm(c.d_model, eps=c.eps)
 
 class Qwen2(nn.Module):
     "A Qwen2 causal language model with tied output."
-    def __init__(self, c):
+    def __init__(self,
+        c,  # ModelConfig
+    ):
         super().__init__(); self.c, self.model = c, Decoder(c)
         freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
         angle = torch.arange(c.max_len)[:, None] * freq
         self.register_buffer('cos', angle.cos(), persistent=False); self.register_buffer('sin', angle.sin(), persistent=False)
 
-    def hidden(self, ids):
-        "Final hidden states (B, T, d) of whole sequences ids (B, T)."
-        T = ids.shape[1]; cos, sin = self.cos[:T, None], self.sin[:T, None]; x = self.model.embed_tokens(ids)
+    def hidden(self,
+        ids,  # token ids (B, T); padding stands at the end
+    ):        # (B, T, d), normalised
+        "Final hidden states of whole sequences."
+        T = ids.shape[1]
+        cos, sin = self.cos[:T, None], self.sin[:T, None]
+        x = self.model.embed_tokens(ids)
         for b in self.model.layers: x = b(x, cos, sin)
         return self.model.norm(x)
 
-    def logits(self, h): return h @ self.model.embed_tokens.weight.T
-    def forward(self, ids): return self.logits(self.hidden(ids))
+    def logits(self,
+        h,  # hidden states (…, d)
+    ):      # (…, vocab)
+        "Scores of the next token."
+        return h @ self.model.embed_tokens.weight.T
+    def forward(self,
+        ids,  # token ids (B, T)
+    ):        # (B, T, vocab)
+        "Scores of the next token at every position."
+        return self.logits(self.hidden(ids))
 
-    def extend(self, ids, pos, caches, m, bias):
-        "Hidden states of new tokens ids (B, T) at positions pos (B, T), writing to the caches."
-        cos, sin = self.cos[pos][:, :, None], self.sin[pos][:, :, None]; x = self.model.embed_tokens(ids); rows = torch.arange(len(ids))[:, None]
+    def extend(self,
+        ids,     # new tokens (B, T)
+        pos,     # their positions (B, T)
+        caches,  # keys and values of each layer, each (B, M, n_kv_heads, D); written to
+        m,       # positions in use, the new ones included
+        bias,    # added to the scores (B, 1, 1, T, m)
+    ):           # hidden states (B, T, d), normalised
+        "Hidden states of new tokens behind those in the caches."
+        cos, sin = self.cos[pos][:, :, None], self.sin[pos][:, :, None]
+        x = self.model.embed_tokens(ids)
+        rows = torch.arange(len(ids))[:, None]
         for b, (K, V) in zip(self.model.layers, caches): x = b(x, cos, sin, (K, V, rows, pos, m, bias))
         return self.model.norm(x)
 
 # %% ../nbs/07_model.ipynb #c48c4e7c
-def init_weights(model, seed=0, look_back=(1, 2, 3), strength=6.):
+def init_weights(
+    model,                # Qwen2, changed in place
+    seed=0,               # of the draws; the global generator is left alone
+    look_back=(1, 2, 3),  # steps back, one per head (all heads but the last at most); empty: no head start
+    strength=6.,          # size of the biases: the larger, the sharper the attention
+):                        # the model
     "Draw weights; heads of the first layer start out attending `look_back` positions back."
     c = model.c; g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -179,7 +264,9 @@ def init_weights(model, seed=0, look_back=(1, 2, 3), strength=6.):
                 std = .05 if 'embed' in name else c.d_model ** -.5
                 if 'o_proj' in name or 'down_proj' in name: std /= 2 * c.n_layers ** .5
                 p.normal_(0, std, generator=g)
-        a = model.model.layers[0].self_attn; D = c.head_dim; half = D // 2
+        a = model.model.layers[0].self_attn
+        D = c.head_dim
+        half = D // 2
         freq = c.rope_theta ** (-torch.arange(0, D, 2) / D)
         if look_back:
             for k in range(c.n_kv_heads): a.k_proj.bias[k * D:k * D + half] = strength
@@ -191,20 +278,33 @@ def init_weights(model, seed=0, look_back=(1, 2, 3), strength=6.):
     return model
 
 # %% ../nbs/07_model.ipynb #7cfccb75
-CHAT_TEMPLATE = ('{%- for m in messages %}{%- set nl = "" if loop.first else "\n" %}{%- if m.role == "tool" %}{{ nl + "<|im_start|>user\n<tool_response>\n" + m.content + "\n</tool_response><|im_end|>" }}'
-                 '{%- else %}{{ nl + "<|im_start|>" + m.role + "\n" + (m.content or "") }}{%- for c in m.tool_calls or [] %}{%- set a = c.function.arguments %}'
-                 '{{ "<tool_call>\n{\\"name\\": \\"" + c.function.name + "\\", \\"arguments\\": " + (a if a is string else a | tojson) + "}\n</tool_call>" }}{%- endfor %}{{ "<|im_end|>" }}{%- endif %}{%- endfor %}'
+CHAT_TEMPLATE = ('{%- for m in messages %}{%- set nl = "" if loop.first else "\n" %}{%- if m.role == "tool" %}'
+                 '{{ nl + "<|im_start|>user\n<tool_response>\n" + m.content + "\n</tool_response><|im_end|>" }}'
+                 '{%- else %}{{ nl + "<|im_start|>" + m.role + "\n" + (m.content or "") }}'
+                 '{%- for c in m.tool_calls or [] %}{%- set a = c.function.arguments %}'
+                 '{{ "<tool_call>\n{\\"name\\": \\"" + c.function.name + "\\", \\"arguments\\": " + (a if a is string else a | tojson)'
+                 ' + "}\n</tool_call>" }}{%- endfor %}{{ "<|im_end|>" }}{%- endif %}{%- endfor %}'
                  '{%- if add_generation_prompt %}{{ "\n<|im_start|>assistant\n" }}{%- endif %}')
 
-def hf_config(c, codec):
+def hf_config(
+    c,      # ModelConfig
+    codec,  # Codec
+):          # dict in Hugging Face's terms
     "The model's config.json."
-    return dict(architectures=['Qwen2ForCausalLM'], model_type='qwen2', vocab_size=c.vocab, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
-                num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.max_len, rope_theta=c.rope_theta,
+    return dict(architectures=['Qwen2ForCausalLM'], model_type='qwen2', vocab_size=c.vocab, hidden_size=c.d_model,
+                intermediate_size=c.d_ff, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+                num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.max_len, rope_theta=c.rope_theta,
                 rope_parameters=dict(rope_type='default', rope_theta=c.rope_theta), rms_norm_eps=c.eps, tie_word_embeddings=True,
-                hidden_act='silu', attention_dropout=0., use_cache=True, use_sliding_window=False, torch_dtype='float32', eos_token_id=codec.end, pad_token_id=codec.pad)
+                hidden_act='silu', attention_dropout=0., use_cache=True, use_sliding_window=False, torch_dtype='float32',
+                eos_token_id=codec.end, pad_token_id=codec.pad)
 
-def save_checkpoint(path, model, codec, note=None):
-    "Write a Hugging Face checkpoint folder; it appears under its name only when complete."
+def save_checkpoint(
+    path,       # folder; an earlier checkpoint there is replaced
+    model,      # Qwen2
+    codec,      # Codec
+    note=None,  # dict for `webseer.json`, such as stage and seed
+):              # Path of the folder
+    "Write a Hugging Face checkpoint folder; it appears under its name only when complete. Raises WebseerError if the disk refuses."
     import shutil, tempfile
     from safetensors.torch import save
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,21 +315,29 @@ def save_checkpoint(path, model, codec, note=None):
         write_json(tmp / 'config.json', hf_config(model.c, codec))
         write_json(tmp / 'generation_config.json', dict(eos_token_id=codec.end, pad_token_id=codec.pad, do_sample=False))
         codec.tok.save(str(tmp / 'tokenizer.json'))
-        write_json(tmp / 'tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', eos_token='<|im_end|>', pad_token='<|endoftext|>', clean_up_tokenization_spaces=False, model_max_length=model.c.max_len, chat_template=CHAT_TEMPLATE))
+        write_json(tmp / 'tokenizer_config.json', dict(
+            tokenizer_class='PreTrainedTokenizerFast', eos_token='<|im_end|>', pad_token='<|endoftext|>',
+            clean_up_tokenization_spaces=False, model_max_length=model.c.max_len, chat_template=CHAT_TEMPLATE))
         write_json(tmp / 'webseer.json', dict(config=asdict(model.c), **(note or {})))
-        old = path.with_name(f'.old-{path.name}'); shutil.rmtree(old, ignore_errors=True); tmp.chmod(0o755)
+        old = path.with_name(f'.old-{path.name}')
+        shutil.rmtree(old, ignore_errors=True)
+        tmp.chmod(0o755)
         if path.exists(): path.rename(old)
         try: tmp.rename(path)
         except OSError:
             if old.exists(): old.rename(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as e: raise WebseerError(f'checkpoint {path} could not be written ({e.strerror}); the previous one is untouched. Free space and start again: the run resumes') from e
+    except OSError as e:
+        raise WebseerError(f'checkpoint {path} could not be written ({e.strerror}); the previous one is untouched. '
+                           'Free space and start again: the run resumes') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return path
 
-def load_checkpoint(path):
-    "Read a checkpoint folder: (model, codec, note)."
+def load_checkpoint(
+    path,  # folder that `save_checkpoint` wrote
+):         # (Qwen2, Codec, note as a dict)
+    "Read a checkpoint folder. Raises WebseerError if it is missing or damaged."
     from safetensors.torch import load
     from tokenizers import Tokenizer
     path = Path(path)
@@ -237,13 +345,22 @@ def load_checkpoint(path):
         note = json.loads((path / 'webseer.json').read_text()); model = Qwen2(ModelConfig(**note.pop('config')))
         model.load_state_dict(load((path / 'model.safetensors').read_bytes()))
         return model, Codec(Tokenizer.from_file(str(path / 'tokenizer.json'))), note
-    except FileNotFoundError as e: raise WebseerError(f'no checkpoint at {path} ({Path(e.filename).name} is missing); train first, or name another folder') from e
-    except Exception as e: raise WebseerError(f'the checkpoint at {path} is damaged ({type(e).__name__}: {str(e)[:120]}); delete the folder and train that stage again') from e
+    except FileNotFoundError as e:
+        raise WebseerError(f'no checkpoint at {path} ({Path(e.filename).name} is missing); train first, or name another folder') from e
+    except Exception as e:
+        raise WebseerError(f'the checkpoint at {path} is damaged ({type(e).__name__}: {str(e)[:120]}); '
+                           'delete the folder and train that stage again') from e
 
 # %% ../nbs/07_model.ipynb #edfab357
 class Sampler:
     "A key-value cache with one row per rollout, and the turn-wise decoding over it."
-    def __init__(self, model, codec, temperature=0., max_new=24, seed=0):
+    def __init__(self,
+        model,           # Qwen2
+        codec,           # Codec
+        temperature=0.,  # 0: the most likely token (greedy)
+        max_new=24,      # tokens of one turn at most, its end included
+        seed=0,          # of the draws
+    ):
         self.model, self.codec, self.temperature, self.max_new = model, codec, temperature, max_new
         self.rng = torch.Generator().manual_seed(seed)
         self.keys, self.len, self.tail, self.caches, self.room = [], torch.zeros(0, dtype=torch.long), {}, None, 0
@@ -253,7 +370,8 @@ class Sampler:
         "Give the cache exactly one row for each key, in this order; new keys start empty."
         old = {k: i for i, k in enumerate(self.keys)}; c = self.model.c
         if keys == self.keys: return
-        if self.caches is None: self.caches = [tuple(torch.zeros(0, self.room, c.n_kv_heads, c.head_dim) for _ in 'KV') for _ in range(c.n_layers)]
+        if self.caches is None:
+            self.caches = [tuple(torch.zeros(0, self.room, c.n_kv_heads, c.head_dim) for _ in 'KV') for _ in range(c.n_layers)]
         if all(k in old for k in keys):
             idx = torch.tensor([old[k] for k in keys], dtype=torch.long)
             self.caches = [tuple(z[idx] for z in kv) for kv in self.caches]; self.len = self.len[idx]
@@ -261,46 +379,64 @@ class Sampler:
             new = [k for k in keys if k not in old]; kept = [k for k in keys if k in old]
             self._keep(kept)
             pad = lambda z: torch.cat([z, torch.zeros(len(new), *z.shape[1:])])
-            self.caches = [tuple(map(pad, kv)) for kv in self.caches]; self.len = torch.cat([self.len, torch.zeros(len(new), dtype=torch.long)])
-            self.keys = kept + new; return self._keep(keys)
+            self.caches = [tuple(map(pad, kv)) for kv in self.caches]
+            self.len = torch.cat([self.len, torch.zeros(len(new), dtype=torch.long)])
+            self.keys = kept + new
+            return self._keep(keys)
         self.keys = list(keys)
 
     def _grow(self, need):
         if need <= self.room: return
-        if need > self.model.c.max_len: raise WebseerError(f'a rollout needs {need} positions but the model has {self.model.c.max_len}; lower max_tokens or raise max_len')
+        if need > self.model.c.max_len:
+            raise WebseerError(f'a rollout needs {need} positions but the model has {self.model.c.max_len}; '
+                               'lower max_tokens or raise max_len')
         more = min(-(-need // 128) * 128, self.model.c.max_len) - self.room; self.room += more
         self.caches = [tuple(F.pad(z, (0, 0, 0, 0, 0, more)) for z in kv) for kv in self.caches]
 
     def _pick(self, logits):
         lp = torch.log_softmax(logits / (self.temperature or 1.), -1)
-        if self.temperature:                                                  # inverse of the cumulative distribution: one uniform number a row
-            u = torch.rand(len(lp), 1, generator=self.rng); nx = (lp.exp().cumsum(-1) < u).sum(-1).clamp(max=lp.shape[1] - 1)
+        if self.temperature:                               # inverse of the cumulative distribution: one uniform number a row
+            u = torch.rand(len(lp), 1, generator=self.rng)
+            nx = (lp.exp().cumsum(-1) < u).sum(-1).clamp(max=lp.shape[1] - 1)
         else: nx = lp.argmax(-1)
         return nx, lp.gather(1, nx[:, None])[:, 0]
 
-    def forget(self, key): self.tail.pop(key, None)
+    def forget(self,
+        key,  # of a rollout that is over
+    ):
+        "Drop what is kept between the turns of a rollout; its row of the cache goes with the next turn."
+        self.tail.pop(key, None)
 
     @torch.inference_mode()
-    def turn(self, chunks):
-        "One turn for each {key: new ids}; returns {key: (emitted ids, log-probabilities)}."
-        keys = list(chunks); self._keep(keys); end = self.codec.end
+    def turn(self,
+        chunks,  # {key of a rollout: ids that are new since its last turn}
+    ):           # {key: (emitted ids, their log-probabilities at the temperature)}
+        "One turn for each key; rows of other keys are dropped. Raises WebseerError if a rollout outgrows the model's positions."
+        keys = list(chunks)
+        self._keep(keys)
+        end = self.codec.end
         new = [self.tail.get(k, []) + chunks[k] for k in keys]                # the last emitted token is not yet in the cache
         n = torch.tensor([len(x) for x in new]); T = int(n.max())
         ids = torch.full((len(keys), T), self.codec.pad)
         for i, x in enumerate(new): ids[i, :len(x)] = torch.tensor(x)
         longest = int((self.len + n).max()); self._grow(longest + self.max_new)
-        h = self._extend(ids, (self.len[:, None] + torch.arange(T)).clamp(max=longest)); self.len = self.len + n    # padding may not cost positions
+        h = self._extend(ids, (self.len[:, None] + torch.arange(T)).clamp(max=longest))         # padding may not cost positions
+        self.len = self.len + n
         logits = self.model.logits(h[torch.arange(len(keys)), n - 1])
         out, lps, alive, start = [], [], torch.ones(len(keys), dtype=torch.bool), self.len
         for step in range(self.max_new):
-            nx, lp = self._pick(logits); out.append(nx.masked_fill(~alive, self.codec.pad)); lps.append(lp)
+            nx, lp = self._pick(logits)
+            out.append(nx.masked_fill(~alive, self.codec.pad))
+            lps.append(lp)
             alive = alive & (nx != end)
             if step + 1 == self.max_new or not alive.any(): break
             logits = self.model.logits(self._extend(out[-1][:, None], (start + step)[:, None])[:, 0])
         emitted, lps, res = torch.stack(out, 1).tolist(), torch.stack(lps, 1).tolist(), {}
         for i, k in enumerate(keys):
             e = emitted[i]; e = e[:e.index(end) + 1] if end in e else e
-            res[k] = e, lps[i][:len(e)]; self.tail[k] = e[-1:]; self.tokens += len(e) + len(new[i])
+            res[k] = e, lps[i][:len(e)]
+            self.tail[k] = e[-1:]
+            self.tokens += len(e) + len(new[i])
         self.len = start + torch.tensor([len(res[k][0]) - 1 for k in keys])
         return res
 
@@ -312,17 +448,33 @@ class Sampler:
 # %% ../nbs/07_model.ipynb #45d987cb
 class ModelPolicy:
     "Batches the turns of all rollouts under way through one sampler."
-    def __init__(self, model, codec, temperature=0., seed=0, max_new=24):
+    def __init__(self,
+        model,           # Qwen2
+        codec,           # Codec
+        temperature=0.,  # 0: the most likely token (greedy)
+        seed=0,          # of the sampler's draws
+        max_new=24,      # tokens of one turn at most, its end included
+    ):
         self.sampler = Sampler(model, codec, temperature, max_new, seed); self.codec = codec
         self.live, self.waiting, self._n = {}, {}, 0
-    def start(self, traj): self.live[id(traj)] = self._n; self._n += 1
-    def end(self, traj):
+    def start(self,
+        traj,  # a rollout with its first messages
+    ):
+        "Count the rollout among those that a turn waits for."
+        self.live[id(traj)] = self._n; self._n += 1
+    def end(self,
+        traj,  # the rollout as it ended
+    ):
+        "Stop waiting for the rollout."
         self.sampler.forget(self.live.pop(id(traj)))
         self._later()
     def _later(self):
         try: asyncio.get_running_loop().call_soon(self._flush)
         except RuntimeError: pass
-    async def act(self, traj):
+    async def act(self,
+        traj,  # the rollout so far
+    ):         # Reply with token ids and log-probabilities
+        "Wait until every rollout under way waits, then take a turn together."
         new = self._new_text(traj)
         fut = asyncio.get_running_loop().create_future(); self.waiting[self.live[id(traj)]] = self.codec.encode(new), fut
         self._later()

@@ -8,13 +8,12 @@ __all__ = ['GIVE_UP', 'LADDER', 'plan', 'parse_hits', 'search', 'read', 'check',
            'propose_verify', 'ladder_policy', 'psi', 'reflect', 'report', 'make_data']
 
 # %% ../nbs/08_reflect.ipynb #dade5865
-import copy, json, re, time
+import copy, json, re
 from dataclasses import dataclass, field
-from pathlib import Path
-from .core import WebseerError, claim, keyed_rng, write_json, write_text, read_jsonl, run_dir, fingerprint
-from .world import World, WorldConfig, RELATIONS, ASK, NEAR, query_text
+from .core import claim, keyed_rng, write_json, run_dir
+from .world import World, WorldConfig, RELATIONS, ASK, query_text
 from .retrieval import MiniWeb, ask_fair, supporting_pages
-from .tools import Tools, NOTHING, ToolError
+from .tools import Tools
 from .traj import Traj, save_trajs
 from .agent import Budget, Reply, ScriptedPolicy, call_text, first_messages, parse_reply, rollout, run_sync, _take_turn
 from .model import THOUGHTS
@@ -22,8 +21,10 @@ from .model import THOUGHTS
 # %% ../nbs/08_reflect.ipynb #4fb85dd1
 _NOUN = re.compile('|'.join(f'(?<=the ){r}(?= of )' for r in RELATIONS))
 
-def plan(text):
-    "What a question asks: (kind, entities to start from, relations in the order to follow)."
+def plan(
+    text,  # a question of the mini-web
+):         # (kind, entities to start from, relations in the order to follow)
+    "What a question asks, read from its wording."
     rels, names = _NOUN.findall(text)[::-1], re.findall(r'\b[A-Z]\w+', text)[1:]
     if text.startswith('Which film is older'): return 'compare', names, ['year']
     if ' also ' in text: return 'same', names, rels[:1]
@@ -32,23 +33,39 @@ def plan(text):
 # %% ../nbs/08_reflect.ipynb #8b36d500
 def _value(text): return text.rstrip('.').split()[-1].rstrip('.')
 
-def parse_hits(text):
-    "[(address, value in the extract)] of a search result."
+def parse_hits(
+    text,  # what the search tool answered
+):         # [(address, value in the extract)], empty where nothing was found
+    "The hits of a search result."
     return [(u, _value(s)) for u, s in re.findall(r'- (https://\S+)\n  ([^\n]*)', text)]
 
-def search(rel, entity, wording):
+def search(
+    rel,      # name of a relation
+    entity,   # whom the fact is about
+    wording,  # 0: noun form, 1: verb form
+):            # generator; its value is [(address, value in the extract)]
+    "Search for a fact in one wording."
     return parse_hits((yield call_text('search', query=query_text(rel, entity, wording))))
 
 def _statement(text, entity):
     "The value in a reader's answer, or None if the page is about somebody else or silent."
     return None if text.startswith(('This page', 'The page', 'No page')) else _value(text)
 
-def read(url, rel, entity):
-    "Ask a page openly: the value or None."
+def read(
+    url,     # address of a page
+    rel,     # name of a relation
+    entity,  # whom the fact is about
+):           # generator; its value is the page's value, or None if the page does not tell
+    "Ask a page openly."
     return _statement((yield call_text('query_on_page', url=url, question=f'{ASK[RELATIONS[rel].object]}the {rel} of {entity}?')), entity)
 
-def check(url, rel, entity, value):
-    "Ask a page whether a value is right: True, another value, or None."
+def check(
+    url,     # address of a page
+    rel,     # name of a relation
+    entity,  # whom the fact is about
+    value,   # the value in doubt
+):           # generator; its value is True, another value, or None if the page does not tell
+    "Ask a page whether a value is right."
     text = yield call_text('query_on_page', url=url, question=f'Is the {rel} of {entity} {value}?')
     v = _statement(text, entity)
     return v if v is None or v != value else True
@@ -57,46 +74,66 @@ def check(url, rel, entity, value):
 @dataclass
 class Hop:
     "Working memory for one fact."
-    entity: str
-    rel: str
-    wording: int
+    entity: str                     # whom the fact is about
+    rel: str                        # name of its relation
+    wording: int                    # of the search in `begin`; 0: noun form, 1: verb form
     unused: list                    # [(address, value in the extract)]
-    seen: set = field(default_factory=set)
+    seen: set = field(default_factory=set)  # addresses found so far
     both: bool = False              # both wordings were tried
-    value: str = None
+    value: str = None               # what is believed at present; None: nothing yet
 
-def more(hop):
+def more(
+    hop,  # Hop; new pages are added to its unused ones
+):        # generator
     "Search in the other wording, once."
     hop.both = True
     hits = yield from search(hop.rel, hop.entity, 1 - hop.wording)
     hop.unused += [h for h in hits if h[0] not in hop.seen]; hop.seen |= {h[0] for h in hits}
 
-def begin(rel, entity, rng, shuffle=.35):
+def begin(
+    rel,          # name of a relation
+    entity,       # whom the fact is about
+    rng,          # random.Random
+    shuffle=.35,  # P(pages are taken in random order instead of the search engine's)
+):                # generator; its value is a Hop
     "Search for a fact; if one wording finds nothing, try the other."
     f = 0 if rng.random() < .7 else 1
     hits = yield from search(rel, entity, f); both = False
-    if not hits: f = 1 - f; hits = yield from search(rel, entity, f); both = True
+    if not hits:
+        f = 1 - f
+        hits = yield from search(rel, entity, f)
+        both = True
     if rng.random() < shuffle: rng.shuffle(hits)
     return Hop(entity, rel, f, list(hits), {h[0] for h in hits}, both)
 
-def next_page(hop):
-    "The next unused page, searching again if need be; None when there is none."
+def next_page(
+    hop,  # Hop; the page leaves its unused ones
+):        # generator; its value is (address, value in the extract), or None when there is no page left
+    "The next unused page, searching again if need be."
     if not hop.unused and not hop.both: yield from more(hop)
     return hop.unused.pop(0) if hop.unused else None
 
-def from_page(hop):
+def from_page(
+    hop,  # Hop
+):        # generator; its value is the first value that a page tells, or None
     "Read unused pages until one is about the entity."
     while (page := (yield from next_page(hop))) is not None:
         v = yield from read(page[0], hop.rel, hop.entity)
         if v is not None: return v
 
-def second_opinion(hop, value):
-    "Check a value on an unused page: True, another value, or None."
+def second_opinion(
+    hop,    # Hop
+    value,  # the value in doubt
+):          # generator; its value is True, another value, or None if no page is left that tells
+    "Check a value on an unused page."
     while (page := (yield from next_page(hop))) is not None:
         v = yield from check(page[0], hop.rel, hop.entity, value)
         if v is not None: return v
 
-def cross_check(hop, value):
+def cross_check(
+    hop,    # Hop
+    value,  # the value in doubt
+):          # generator; its value is what to believe
     "Check a value; if a page contradicts it, a third page decides."
     other = yield from second_opinion(hop, value)
     if other is None or other is True: return value
@@ -109,7 +146,11 @@ class Habits:
     p_snip: float = .30    # P(believe the first extract)
     p_check: float = .35   # P(cross-check a value that was read)
 
-def settle(hop, rng, habits):
+def settle(
+    hop,     # Hop; its value is filled in
+    rng,     # random.Random
+    habits,  # Habits
+):           # generator; its value is the hop's, or None if no page tells
     "Find a value for a hop."
     if hop.unused and rng.random() < habits.p_snip: hop.value = hop.unused[0][1]
     else:
@@ -117,8 +158,14 @@ def settle(hop, rng, habits):
         if hop.value is not None and rng.random() < habits.p_check: hop.value = yield from cross_check(hop, hop.value)
     return hop.value
 
-def solve(traj, rng, habits, hops, start=0):
-    "Work through the plan from hop `start`; fills `hops` and returns the answer, or None if stuck."
+def solve(
+    traj,     # Traj with the question
+    rng,      # random.Random
+    habits,   # Habits
+    hops,     # the hops before `start`; new ones are appended
+    start=0,  # number of the first hop to work on
+):            # generator; its value is the answer, or None if stuck
+    "Work through the plan from hop `start`."
     kind, names, rels = plan(traj.question)
     if kind != 'chain':
         for e in names[start:]:
@@ -132,7 +179,11 @@ def solve(traj, rng, habits, hops, start=0):
             if x is None: return None
     return conclude(kind, names, hops)
 
-def conclude(kind, names, hops):
+def conclude(
+    kind,   # chain, same or compare
+    names,  # the entities that the question names
+    hops,   # all hops, with values
+):          # text
     "The answer that the values of the hops imply."
     if kind == 'chain': return hops[-1].value
     a, b = (h.value for h in hops)
@@ -140,7 +191,10 @@ def conclude(kind, names, hops):
 
 GIVE_UP = 'unknown'
 
-def reasoner(rng, habits=Habits()):
+def reasoner(
+    rng,              # random.Random
+    habits=Habits(),  # how careful it is
+):                    # ScriptedPolicy
     "A scripted reasoner: proposes by submitting; told that it was wrong, redoes the path behind the hop that was mended."
     def script(traj):
         kind, names, rels = plan(traj.question); hops = traj.meta['hops'] = []
@@ -155,19 +209,26 @@ def reasoner(rng, habits=Habits()):
             elif answer is None: answer = None
     return ScriptedPolicy(script)
 
-def verifier(rng):
+def verifier(
+    rng,  # random.Random
+):        # ScriptedPolicy for a trajectory whose `meta['proposal']` is the reasoner's
     "A scripted verifier: checks each value of the proposal on unused pages and answers correct or incorrect."
     def script(traj):
         work = traj.meta['proposal']; work.meta['bad'] = None
         for i, hop in enumerate(work.meta['hops']):
             rng.shuffle(hop.unused)                                           # another sample looks at other pages
             best = yield from cross_check(hop, hop.value)
-            if best != hop.value: hop.value = best; work.meta['bad'] = i; break
+            if best != hop.value:
+                hop.value = best
+                work.meta['bad'] = i
+                break
         yield call_text('submit_answer', answer='correct' if work.meta['bad'] is None else 'incorrect')
     return ScriptedPolicy(script)
 
 # %% ../nbs/08_reflect.ipynb #839e047f
-def oracle(traj):
+def oracle(
+    traj,  # Traj whose `meta` holds the `path` of the question and its `web` (MiniWeb)
+):         # generator of turns
     "Reads one supporting page per hop, and knows which."
     web = traj.meta['web']
     for e, r, v in traj.meta['path']:
@@ -179,7 +240,9 @@ def oracle(traj):
 
 LADDER = dict(first_snippet=Habits(1., 0.), one_page=Habits(0., 0.), cross_check=Habits(0., 1.))
 
-def propose_verify(rng):
+def propose_verify(
+    rng,  # random.Random
+):        # ScriptedPolicy
     "One page a hop, then a full verification, once redone if it fails."
     def script(traj):
         kind, names, rels = plan(traj.question); hops, habits = [], Habits(0., 0.)
@@ -197,35 +260,49 @@ def propose_verify(rng):
         yield call_text('submit_answer', answer=answer or GIVE_UP)
     return ScriptedPolicy(script)
 
-def ladder_policy(name, rng, web):
+def ladder_policy(
+    name,  # a key of `LADDER`, propose_verify or oracle
+    rng,   # random.Random
+    web,   # MiniWeb of the question; only the oracle looks at it
+):         # ScriptedPolicy
     "A reference policy by name."
     if name == 'propose_verify': return propose_verify(rng)
     if name == 'oracle':
-        def script(traj): traj.meta['web'] = web; yield from oracle(traj); traj.meta.pop('web')
+        def script(traj):
+            traj.meta['web'] = web
+            yield from oracle(traj)
+            traj.meta.pop('web')
         return ScriptedPolicy(script)
     return reasoner(rng, LADDER[name])
 
 # %% ../nbs/08_reflect.ipynb #aaeba0f5
-def psi(verdict, proposal_right):
-    "The paper's validity predicate: the verdict (True = correct) agrees with the truth."
+def psi(
+    verdict,         # the verifier's: True for correct, False for incorrect
+    proposal_right,  # whether the proposal is one of the gold answers
+):                   # bool
+    "The paper's validity predicate Ψ: the verdict agrees with the truth."
     return bool(verdict) == bool(proposal_right)
 
 class _Check:
     "The verifier's task, in the shape of a question."
     def __init__(self, q, answer):
-        self.text, self.golds, self.qid, self.hops, self.world, self.path = f'{q.text} Somebody proposes: {answer}. Verify it.', q.golds, q.qid, q.hops, q.world, ()
+        self.text, self.golds, self.qid, self.hops, self.world, self.path = (
+            f'{q.text} Somebody proposes: {answer}. Verify it.', q.golds, q.qid, q.hops, q.world, ())
 
 async def reflect(
-    q, tools,          # question, and the tools both agents use
-    reasoner, verifier,  # policies
-    rng,               # decides whether a proposal is verified
-    p_reflect=.35,     # P(verify a proposal)
-    retries=3,         # K: verifier samples per round
-    max_rounds=2,      # verified rounds per trajectory
-    max_calls=40,
-):                     # (trajectory or None, record for the report)
+    q,              # Question
+    tools,          # Tools, used by both agents
+    reasoner,       # policy that proposes
+    verifier,       # policy that judges a proposal, in a conversation of its own
+    rng,            # decides whether a proposal is verified
+    p_reflect=.35,  # P(verify a proposal)
+    retries=3,      # K: verifier samples per round at most
+    max_rounds=2,   # verified rounds per trajectory at most
+    max_calls=40,   # a look-up that brings the calls, the verifier's included, to this number ends the attempt
+):                  # (Traj, or None if it is not kept; record for the report)
     "One attempt at a reflection trajectory."
-    t = Traj(q.text, list(q.golds), q.qid, q.hops, q.world, first_messages(q.text)); rec = dict(rounds=0, verdicts=[], kept=False, why='')
+    t = Traj(q.text, list(q.golds), q.qid, q.hops, q.world, first_messages(q.text))
+    rec = dict(rounds=0, verdicts=[], kept=False, why='')
     budget, prefix = Budget(max_calls=max_calls, max_submissions=10 ** 6, feedback='none'), ''
     reasoner.start(t)
     try:
@@ -240,8 +317,11 @@ async def reflect(
             work = await _verdict(q, tools, verifier, t, answer, right, retries, rec)
             if work is None: rec['why'] = 'no valid verdict'; return None, rec
             rec['rounds'] += 1; verdict = work.submissions[0]['answer'] == 'correct'
-            turns = work.messages[2:-1]; turns[0] = {**turns[0], 'content': prefix + THOUGHTS['propose'].format(answer) + turns[0]['content']}
-            t.messages += turns; t.calls += work.calls[:-1]; prefix = THOUGHTS['right' if verdict else 'wrong']
+            turns = work.messages[2:-1]
+            turns[0] = {**turns[0], 'content': prefix + THOUGHTS['propose'].format(answer) + turns[0]['content']}
+            t.messages += turns
+            t.calls += work.calls[:-1]
+            prefix = THOUGHTS['right' if verdict else 'wrong']
             if verdict: break
     finally: reasoner.end(t)
     await _take_turn(t, Reply(prefix + call_text('submit_answer', answer=answer)), tools, Budget(max_calls=10 ** 6))
@@ -262,7 +342,9 @@ async def _verdict(q, tools, verifier, t, answer, right, retries, rec):
     return None
 
 # %% ../nbs/08_reflect.ipynb #a8d0a44e
-def report(records):
+def report(
+    records,  # of all attempts, as `reflect` returns them
+):            # dict; shares are between 0 and 1
     "Kept share, rounds, and the verifier's precision and recall in finding wrong proposals, over the first sample of each proposal."
     v = [(said, right) for r in records for said, right, k in r['verdicts'] if k == 0]; n = len(records)
     flagged, wrong, both = sum(not a for a, _ in v), sum(not b for _, b in v), sum(not a and not b for a, b in v)
@@ -283,7 +365,8 @@ def _world_file(args):
         while len(out) < profile.per_world:
             rng = keyed_rng('reflect', seed, i, len(records))
             q = ask_fair(web, rng, profile.k, hop_weights=weights, kinds=profile.kinds, qid=f'{i}-{len(records)}')
-            t, rec = await reflect(q, tools, reasoner(rng, habits), verifier(rng), rng, .5 if easy else profile.p_reflect, profile.retries, profile.max_rounds, profile.max_calls)
+            t, rec = await reflect(q, tools, reasoner(rng, habits), verifier(rng), rng, .5 if easy else profile.p_reflect,
+                                   profile.retries, profile.max_rounds, profile.max_calls)
             records.append(rec)
             if t is not None: out.append(t)
     run_sync(make())
@@ -291,9 +374,9 @@ def _world_file(args):
 
 def make_data(
     profile,    # run profile
-    seed=0,
+    seed=0,     # of the run; other seeds have other worlds
     workers=2,  # processes
-):              # report over all attempts
+):              # report over all attempts, as `report` gives it
     "Make the reflection data of a profile and seed, resuming where a kill left off."
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context

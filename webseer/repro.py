@@ -11,7 +11,8 @@ import ast, fnmatch, hashlib, importlib.metadata, json, os, platform, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import webseer
-from .core import Profile, WebseerError, figures_dir, fingerprint, load_profile, nearest, outputs_dir, root, run_dir, to_json, write_json
+from .core import (Profile, WebseerError, figures_dir, fingerprint, load_profile, nearest, outputs_dir,
+                          root, run_dir, to_json, write_json)
 
 # %% ../nbs/14_repro.ipynb #e98c297f
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Step:
     after: tuple[str, ...] = ()  # steps whose results it reads
     groups: tuple[str, ...] = ()  # groups of settings (see `Profile.part`)
     outputs: tuple[str, ...] = ()  # patterns in the run folder (of the seed, where it runs per seed)
-    per_seed: bool = False
+    per_seed: bool = False  # runs once per seed
     figures: tuple[str, ...] = ()  # patterns in the figures folder
     needs_file: bool = False  # runs only where a file was given
 
@@ -45,10 +46,12 @@ def _bare(source):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             name = ("webseer." if node.level == 1 else "") + (node.module or "")  # nbdev writes `from .core` in the modules
-            if name.split(".")[0] == "webseer": imports += [name.split(".")[1]] if name.strip(".") != "webseer" else [a.name for a in node.names]
+            if name.split(".")[0] == "webseer":
+                imports += [name.split(".")[1]] if name.strip(".") != "webseer" else [a.name for a in node.names]
         if isinstance(node, ast.Import): imports += [a.name.split(".")[1] for a in node.names if a.name.startswith("webseer.")]
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            if node.body and isinstance(d := node.body[0], ast.Expr) and isinstance(d.value, ast.Constant) and isinstance(d.value.value, str):
+            if (node.body and isinstance(d := node.body[0], ast.Expr) and isinstance(d.value, ast.Constant)
+                    and isinstance(d.value.value, str)):
                 node.body = node.body[1:] or [ast.Pass()]
     return ast.dump(tree), imports
 
@@ -63,7 +66,7 @@ def code_of(
     package: Path | None = None,  # folder of the modules (default: this package)
     skip: tuple[str, ...] = (),  # modules that cannot change results
 ) -> dict[str, str]:  # part -> fingerprint
-    "Fingerprints of a notebook's code and of every webseer module it reaches."
+    "Fingerprints of a notebook's code and of every webseer module it reaches. Raises WebseerError if it is no notebook."
     package = Path(package or Path(webseer.__file__).parent)
     out, todo = {}, []
     bare = [_bare(c) for c in _cells(notebook)]
@@ -95,45 +98,53 @@ DISPLAY = ("analysis",)  # only draws: a new figure must not cost a training run
 @dataclass
 class Job:
     "One run of a step: for one seed, or for all."
-    step: Step
-    profile: Profile
+    step: Step  # what to run
+    profile: Profile  # with which settings
     seed: int | None  # None where the step runs once
-    seeds: tuple[int, ...]
-    notebooks: Path
+    seeds: tuple[int, ...]  # all seeds of the run
+    notebooks: Path  # folder of the notebooks
     file: str | None = None  # the file of a step that needs one
 
     @property
-    def name(self): return self.step.name + (f" seed {self.seed}" if self.seed is not None else "")
+    def name(self): return self.step.name + (f" seed {self.seed}" if self.seed is not None else "")  # for people
     @property
-    def tag(self): return self.step.name + (f"-seed{self.seed}" if self.seed is not None else "")
+    def tag(self): return self.step.name + (f"-seed{self.seed}" if self.seed is not None else "")  # for file names
     @property
-    def folder(self): return run_dir(self.profile, self.seed)
+    def folder(self): return run_dir(self.profile, self.seed)  # where the step leaves its files
     @property
-    def source(self): return self.notebooks/f"{self.step.name}.ipynb"
+    def source(self): return self.notebooks/f"{self.step.name}.ipynb"  # the notebook
     @property
-    def executed(self): return run_dir(self.profile)/"nb"/f"{self.tag}.ipynb"
+    def executed(self): return run_dir(self.profile)/"nb"/f"{self.tag}.ipynb"  # its copy with outputs
     @property
-    def stamp_file(self): return run_dir(self.profile)/"stamps"/f"{self.tag}.json"
+    def stamp_file(self): return run_dir(self.profile)/"stamps"/f"{self.tag}.json"  # what the step was made of, and its state
 
-    def entries(self):
+    def entries(self):  # list of paths, files and folders
         "Everything the step has left so far."
         out = _found(self.folder, self.step.outputs)
         return out + (_found(figures_dir(self.profile), self.step.figures) if self.step.figures else [])
 
-    def stamp(self):
+    def stamp(self):  # empty if there is none
         "The stamp as a dict; a damaged one counts as none."
         try: return json.loads(self.stamp_file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError): return {}
 
-    def parts(self, before: list[str], package=None):
+    def parts(
+        self,
+        before: list[str],  # keys of the jobs it reads from
+        package=None,  # folder of the modules (default: this package)
+    ):  # dict of settings, code and keys before it; file and seeds where they matter
         "What the key is made of, kept in the stamp so that a rerun can say what has changed."
-        out = {"settings": self.profile.part(*self.step.groups) if self.step.groups else {}, "code": code_of(self.source, package, () if self.step.figures else DISPLAY), "before": before}
+        out = {"settings": self.profile.part(*self.step.groups) if self.step.groups else {},
+               "code": code_of(self.source, package, () if self.step.figures else DISPLAY), "before": before}
         if self.file: out["file"] = _sha(self.file)
         if self.step.figures: out["seeds"] = list(self.seeds)
         return json.loads(to_json(out))
 
-    def intact(self, stamp):
-        "Whether all files of a finished step are as the step left them; the name of the first that is not."
+    def intact(
+        self,
+        stamp,  # stamp of the finished step
+    ):  # None if all is well, else a sentence about the first file that is not
+        "Whether all files of a finished step are as the step left them."
         base = outputs_dir()
         for name, sha in stamp.get("files", {}).items():
             path = base/name if not name.startswith("figures:") else figures_dir(self.profile)/name[8:]
@@ -141,7 +152,7 @@ class Job:
             if _sha(path) != sha: return f"{path.name} was changed"
         return None
 
-    def record(self):
+    def record(self):  # file -> hash; paths below the outputs folder, or `figures:` and a path below the figures folder
         "Names and hashes of the step's files."
         figs, base, out = figures_dir(self.profile), outputs_dir(), {}
         for f in _files(self.entries()) + [self.executed]:
@@ -160,7 +171,7 @@ class Job:
 
 # %% ../nbs/14_repro.ipynb #a8361321
 def why(
-    job: Job,
+    job: Job,  # one run of a step
     key: str,  # the key the step has now
     parts: dict,  # what the key was made of
 ) -> str | None:  # None: nothing to do
@@ -182,7 +193,7 @@ def check_parameters(
     notebook,  # path
     wanted,  # names we are going to set
 ):
-    "Refuse parameters that the notebook's `parameters` cell does not define."
+    "Refuse parameters that the notebook's `parameters` cell does not define, by a WebseerError."
     import logging, papermill
     logging.getLogger("papermill").setLevel(logging.ERROR)
     _cells(notebook)
@@ -198,7 +209,11 @@ class Relay:
         every: float = 20.0,  # seconds between two lines
     ):
         self.say, self.every, self.last, self.line = say, every, time.monotonic(), ""
-    def write(self, text):
+    def write(
+        self,
+        text,  # any piece of output, with control characters
+    ):
+        "Keep the newest line, and pass it on if it is time."
         parts = [t.strip() for t in re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)) if t.strip()]
         if parts: self.line = parts[-1]
         if self.line and time.monotonic() - self.last >= self.every:
@@ -218,7 +233,8 @@ def _execute(job, parameters, relay):
     sockets = tempfile.mkdtemp(prefix="webseer-")
     local = os.name == "posix" and len(sockets) < 80  # a socket's path is limited; files cannot collide as ports can
     try:
-        papermill.execute_notebook(str(job.source), str(part), parameters, kernel_name="python3", progress_bar=False, cwd=str(root()), stderr_file=relay,
+        papermill.execute_notebook(str(job.source), str(part), parameters, kernel_name="python3", progress_bar=False,
+                                   cwd=str(root()), stderr_file=relay,
                                    config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/k"}} if local else {}))
         os.replace(part, job.executed)
     except papermill.PapermillExecutionError as e:
@@ -251,16 +267,18 @@ def versions() -> dict[str, str]:  # package -> version
     return out
 
 def write_manifest(
-    profile: Profile,
-    jobs: list[Job],
-) -> Path:
+    profile: Profile,  # whose run it is
+    jobs: list[Job],  # all jobs of the run
+) -> Path:  # the manifest in the run folder
     "Gather the stamps of a run into `manifest.json`; a copy stands beside the figures, so that they tell where they come from."
     steps = {}
     for job in jobs:
         if s := job.stamp():
-            steps[job.tag] = {k: s.get(k) for k in ("state", "key", "seconds", "finished", "commit", "dirty", "adopted")} | {"files": len(s.get("files", {}))}
+            steps[job.tag] = ({k: s.get(k) for k in ("state", "key", "seconds", "finished", "commit", "dirty", "adopted")}
+                              | {"files": len(s.get("files", {}))})
     manifest = {
-        "profile": profile.name, "settings": profile.part() | {"checkpoint_every": profile.checkpoint_every}, "fingerprint": profile.fingerprint(),
+        "profile": profile.name, "settings": profile.part() | {"checkpoint_every": profile.checkpoint_every},
+        "fingerprint": profile.fingerprint(),
         "seeds": sorted({j.seed for j in jobs if j.seed is not None}), "commit": _git("rev-parse", "HEAD"), "dirty": _dirty(),
         "versions": versions(), "steps": steps, "seconds": round(sum(s["seconds"] or 0 for s in steps.values()), 1)}
     figures = figures_dir(profile); figures.mkdir(parents=True, exist_ok=True)
@@ -269,21 +287,23 @@ def write_manifest(
 
 # %% ../nbs/14_repro.ipynb #d279f7d4
 def plan(
-    profile: Profile,
-    seeds: tuple[int, ...],
+    profile: Profile,  # a run profile
+    seeds: tuple[int, ...],  # for the steps that run per seed
     only: list[str] | None = None,  # names or numbers of steps
     released: str | None = None,  # file for the steps that need one
-    steps: tuple[Step, ...] = STEPS,
-    notebooks: Path | None = None,  # folder of the notebooks
-) -> list[Job]:
-    "The jobs of a run in order; an unknown step is refused."
+    steps: tuple[Step, ...] = STEPS,  # in the order of running
+    notebooks: Path | None = None,  # folder of the notebooks (default: nbs/repro)
+) -> list[Job]:  # one per step, or per step and seed; those left out by `only` included
+    "The jobs of a run in order; an unknown step in `only` is refused by a WebseerError."
     names = [s.name for s in steps]
     for o in only or ():
-        if not any(n == o or n.split("_")[0] == str(o).zfill(2) for n in names): raise WebseerError(f"unknown step {o!r}: {nearest(o, names)}")
+        if not any(n == o or n.split("_")[0] == str(o).zfill(2) for n in names):
+            raise WebseerError(f"unknown step {o!r}: {nearest(o, names)}")
     notebooks = Path(notebooks or root()/"nbs"/"repro")
     jobs = []
     for s in steps:
-        for seed in (seeds if s.per_seed else (None,)): jobs.append(Job(s, profile, seed, tuple(seeds), notebooks, released if s.needs_file else None))
+        for seed in (seeds if s.per_seed else (None,)):
+            jobs.append(Job(s, profile, seed, tuple(seeds), notebooks, released if s.needs_file else None))
     return jobs
 
 def _wanted(job, only): return not only or any(job.step.name == o or job.step.name.split("_")[0] == str(o).zfill(2) for o in only)
@@ -300,14 +320,16 @@ def reproduce(
     package: Path | None = None,  # the modules whose code counts
     say=None,  # where progress lines go (default: standard output)
 ) -> Path:  # the manifest
-    "Run the numbered notebooks of a profile: skip what is done, resume what was interrupted, rerun what is stale."
+    """Run the numbered notebooks of a profile: skip what is done, resume what was interrupted, rerun what is stale.
+    Raises WebseerError for a wrong argument, for a step whose input is not ready, and when a notebook stops."""
     p = profile if isinstance(profile, Profile) else load_profile(profile)
     seeds = tuple(dict.fromkeys(int(s) for s in (p.seeds if seeds is None else seeds)))
     if not seeds: raise WebseerError("no seeds: give at least one, for example --seed 0")
     if released is None and any(s.needs_file for s in steps):
         from webseer.released import published
         released = published()
-    if released and not Path(released).is_file(): raise WebseerError(f"released rollouts {released} do not exist: mend the path or leave it out")
+    if released and not Path(released).is_file():
+        raise WebseerError(f"released rollouts {released} do not exist: mend the path or leave it out")
     say = say or (lambda line: print(line, flush=True))
     jobs = plan(p, seeds, only, released, steps, notebooks)
     for job in jobs:
@@ -324,7 +346,8 @@ def reproduce(
         key, stamp = fingerprint(parts), job.stamp()
         loose[job.tag] = parts["loose"] = fingerprint({k: v for k, v in parts.items() if k not in ("code", "before")} |
                                                       {"before": [loose[b.tag] for b in befores]})
-        kept = keep and stamp.get("state") == "done" and stamp["parts"].get("loose") == parts["loose"] and stamp["key"] != key and not job.intact(stamp)
+        kept = (keep and stamp.get("state") == "done" and stamp["parts"].get("loose") == parts["loose"]
+                and stamp["key"] != key and not job.intact(stamp))
         if kept: key = stamp["key"]
         keys[job.tag] = key
         if not _wanted(job, only): continue
@@ -336,7 +359,8 @@ def reproduce(
             if not _wanted(b, only):
                 s = b.stamp()
                 if s.get("state") != "done" or s.get("key") != keys[b.tag]:
-                    raise WebseerError(f"{job.name} reads from {b.name}, which is {'outdated' if s else 'not run yet'}: run that first, or leave out --only")
+                    raise WebseerError(f"{job.name} reads from {b.name}, which is {'outdated' if s else 'not run yet'}: "
+                                       "run that first, or leave out --only")
         say(f"{head}: {reason}")
         _run(job, key, parts, fresh=bool(stamp) and (stamp.get("key") != key or stamp.get("state") == "done"), say=say, head=head)
         write_manifest(p, jobs)
@@ -365,11 +389,13 @@ def _run(job, key, parts, fresh, say, head):
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
             with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True) as bar:
                 task = bar.add_task(head)
-                _execute(job, _parameters(job), Relay(lambda line: bar.update(task, description=f"{head}: {line}".replace("[", "\\["), refresh=True), 0.2))
+                _execute(job, _parameters(job), Relay(
+                    lambda line: bar.update(task, description=f"{head}: {line}".replace("[", "\\["), refresh=True), 0.2))
         else: _execute(job, _parameters(job), Relay(lambda line: say(f"{head}: {line}")))
     except BaseException:  # also Ctrl-C: note the time spent, then let it through
         write_json(job.stamp_file, base | {"state": "running", "seconds": round(earlier + time.monotonic() - start, 1)})
         raise
     seconds = round(earlier + time.monotonic() - start, 1)
-    write_json(job.stamp_file, base | {"state": "done", "seconds": seconds, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": job.record()})
+    write_json(job.stamp_file, base | {"state": "done", "seconds": seconds,
+                                       "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "files": job.record()})
     say(f"{head}: finished in {_clock(seconds)}")

@@ -25,10 +25,10 @@ class Hit:
 @dataclass(frozen=True)
 class Page:
     "A fetched page."
-    url: str
-    title: str
-    text: str  # main text, one statement a line
-    html: str  # the page as served
+    url: str    # its address
+    title: str  # title under which the page is filed
+    text: str   # main text, one statement a line
+    html: str   # the page as served
     meta: dict = field(default_factory=dict, compare=False)  # how the text was made (extraction stack, cut or not, …)
 
 class PageNotFound(WebseerError):
@@ -36,22 +36,34 @@ class PageNotFound(WebseerError):
 
 class Retriever(Protocol):
     "What the tools need from a search engine."
-    def search(self, query: str, k: int = 3) -> list[Hit]: ...
-    def fetch(self, url: str) -> Page: ...
+    def search(self,
+        query: str,  # words to look for
+        k: int = 3,  # at most so many results
+    ) -> list[Hit]:  # best first
+        "Find pages."
+        ...
+    def fetch(self,
+        url: str,  # address from a search result
+    ) -> Page:     # the page
+        "Get one page; raises `PageNotFound` where there is none."
+        ...
 
 # %% ../nbs/02_retrieval.ipynb #28b67387
 STOPWORDS = frozenset('a also an and are as by for has in is it of on or the to was were what when where which who'.split())
 
-def words(text):
+def words(
+    text,  # any text
+):         # list of words in their order, repetitions kept
     "Lower-case words of a text without stop words."
     return [w for w in re.findall(r'[^\W_]+', text.lower()) if w not in STOPWORDS]
 
 # %% ../nbs/02_retrieval.ipynb #3609fe65
 class BM25:
-    "BM25 over lists of words; all query words are required, ties go to the earlier document."
+    "BM25 over lists of words; all query words are required, ties go to the earlier document. Raises WebseerError if there are no words."
     def __init__(self,
-        docs,           # list of word lists
-        k1=1.2, b=.75,  # saturation and length normalisation (Lucene's defaults)
+        docs,    # list of word lists
+        k1=1.2,  # saturation (Lucene's default)
+        b=.75,   # length normalisation, 0 to 1 (Lucene's default)
     ):
         import bm25s
         import numpy as np
@@ -66,6 +78,7 @@ class BM25:
         query,  # list of words
         k=3,    # at most so many documents
     ):          # [(document number, score)], best first
+        "The best documents that contain all words of the query. Raises WebseerError for k below 1."
         if k < 1: raise WebseerError(f'k is {k}; ask for at least one result')
         if not query or any(w not in self._docs_with for w in query): return []
         ids = self._np.array(sorted(set.intersection(*(self._docs_with[w] for w in query))), dtype=int)
@@ -75,7 +88,10 @@ class BM25:
         return [(int(ids[j]), float(s[j])) for j in order]
 
 # %% ../nbs/02_retrieval.ipynb #e40cfdf3
-def snippet(query, lines):
+def snippet(
+    query,  # keywords as one text
+    lines,  # sentences of a page
+):          # such as 'Director: Veltin.' or '... was directed by Veltin.'
     "The line that shares most words with the query, without its subject."
     q = set(words(query))
     line = max(lines, key=lambda l: len(q & set(words(l))), default='')
@@ -86,27 +102,37 @@ def snippet(query, lines):
 
 class MiniWeb:
     "In-process retriever over one world."
-    def __init__(self, world):
+    def __init__(self,
+        world,  # World whose pages are indexed as the search engine last saw them
+    ):
         self.world, self._pages = world, list(world.pages.values())
         self._index = BM25([words(f'{p.title}\n' + '\n'.join(p.indexed)) for p in self._pages])
         self._cache = {}
 
-    def search(self, query: str, k: int = 3) -> list[Hit]:
-        "The `k` best pages that contain all words of the query."
+    def search(self,
+        query: str,  # keywords; stop words and case do not count
+        k: int = 3,  # at most so many results
+    ) -> list[Hit]:  # best first
+        "The `k` best pages that contain all words of the query. Raises WebseerError for k below 1."
         key = ' '.join(words(query)), k
         if key not in self._cache:
             top = self._index.top(words(query), k)
-            self._cache[key] = [Hit(p.title, p.url, snippet(query, p.indexed), round(s, 6)) for p, s in ((self._pages[i], s) for i, s in top)]
+            self._cache[key] = [Hit(p.title, p.url, snippet(query, p.indexed), round(s, 6))
+                                for p, s in ((self._pages[i], s) for i, s in top)]
         return list(self._cache[key])
 
-    def fetch(self, url: str) -> Page:
-        "The page with this address."
+    def fetch(self,
+        url: str,  # address of a page
+    ) -> Page:     # the page with its HTML
+        "The page with this address. Raises `PageNotFound`."
         p = self.world.pages.get(url)
         if p is None: raise PageNotFound(f'no page has the address {url!r}; use an address from a search result')
         return Page(url, p.title, p.text, page_html(p))
 
-    def subject(self, url):
-        "Subject and lines of a page without building its HTML (what the reader needs)."
+    def subject(self,
+        url,  # address of a page
+    ):        # (whom the page is about, its lines)
+        "Subject and lines of a page without building its HTML (what the reader needs). Raises `PageNotFound`."
         p = self.world.pages.get(url)
         if p is None: raise PageNotFound(f'no page has the address {url!r}; use an address from a search result')
         return p.subject, p.lines
@@ -117,8 +143,10 @@ _NAME = re.compile(r'\b[A-Z0-9][A-Za-z0-9]*')
 _TWIN = '|'.join(map(re.escape, NEAR.values()))
 _OPENERS = STOPWORDS | frozenset('do does did had have how whose whom why'.split())   # words that a question may begin with
 
-def is_check(question):
-    "Whether a question asks for yes or no."
+def is_check(
+    question,  # text of a question
+):             # bool
+    "Whether a question asks for yes or no, judged by its first word."
     return bool(_YES_NO.match(question.strip()))
 
 def read_lines(
@@ -126,7 +154,7 @@ def read_lines(
     lines,       # its statements
     question,    # what to look for
     check=True,  # answer yes/no questions with yes or no
-):               # the answer as text
+):               # 'Yes. ', 'No. ' or nothing, then the statement; or a sentence that says why there is none
     "Extractive reader: the best statement, and a verdict where one is asked for."
     asked = is_check(question)
     about = re.search(rf'(?<!\w){re.escape(subject)}(?!\w)(?!(?:{_TWIN})\b)', question)
@@ -151,7 +179,9 @@ def _by_meaning(query_words, lines):
     return ''
 
 # %% ../nbs/02_retrieval.ipynb #00678a7d
-def main_text(html):
+def main_text(
+    html,  # an HTML page as text
+):         # (title, [line])
     "Title and text lines of the main element of an HTML page, without tables; links and emphasis become plain text."
     from bs4 import BeautifulSoup
     from markdownify import markdownify
@@ -159,29 +189,48 @@ def main_text(html):
     main = soup.find('main') or soup.find('article') or soup.body or soup
     for t in main.find_all(['nav', 'script', 'style', 'footer', 'table']): t.decompose()
     title = main.find('h1') or soup.title
-    md = markdownify(str(main), strip=['a', 'b', 'strong', 'i', 'em', 'img'], heading_style='ATX', escape_asterisks=False, escape_underscores=False)
+    md = markdownify(str(main), strip=['a', 'b', 'strong', 'i', 'em', 'img'], heading_style='ATX',
+                     escape_asterisks=False, escape_underscores=False)
     return (title.get_text(strip=True) if title else ''), [l.strip() for l in md.splitlines() if l.strip()]
 
 # %% ../nbs/02_retrieval.ipynb #0d643fc3
-def supporting_pages(web, entity, relation, k=3):
+def supporting_pages(
+    web,       # MiniWeb
+    entity,    # whom the fact is about
+    relation,  # name of the relation
+    k=3,       # results per search
+):             # list of addresses, without repetitions
     "Addresses of pages that either wording of the query returns and that state the fact rightly."
     w = web.world; out = []
     for wording in (0, 1):
         for h in web.search(query_text(relation, entity, wording), k):
             p = w.pages[h.url]
-            if h.url not in out and p.subject == entity and relation in p.facts and p.facts[relation][0] == w.facts[entity, relation]: out.append(h.url)
+            if (h.url not in out and p.subject == entity and relation in p.facts
+                    and p.facts[relation][0] == w.facts[entity, relation]): out.append(h.url)
     return out
 
-def answerable(web, question, k=3):
+def answerable(
+    web,       # MiniWeb
+    question,  # Question
+    k=3,       # results per search
+):             # bool
     "Whether every hop of the oracle path has a supporting page within reach."
     return all(supporting_pages(web, e, r, k) for e, r, _ in question.path)
 
-def ask_fair(web, rng, k=3, stats=None, **kw):
-    "Draw questions until one is answerable; `stats` counts draws and rejections."
+def ask_fair(
+    web,         # MiniWeb
+    rng,         # random.Random
+    k=3,         # results per search
+    stats=None,  # dict whose counts `drawn` and `unfair` are raised
+    **kw,        # passed on to `draw_question`
+):               # Question
+    "Draw questions until one is answerable; `stats` counts draws and rejections. Raises WebseerError after 200 draws."
     for _ in range(200):
         q = draw_question(web.world, rng, **kw)
         ok = answerable(web, q, k)
-        if stats is not None: stats['drawn'] = stats.get('drawn', 0) + 1; stats['unfair'] = stats.get('unfair', 0) + (not ok)
+        if stats is not None:
+            stats['drawn'] = stats.get('drawn', 0) + 1
+            stats['unfair'] = stats.get('unfair', 0) + (not ok)
         if ok: return q
     raise WebseerError(f'world {web.world.seed} gave no answerable question in 200 draws; lower near, stale_share or miss, or raise sites')
 

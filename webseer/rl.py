@@ -7,14 +7,12 @@ __all__ = ['MICRO', 'advantages', 'clipped', 'low_variance_kl', 'aggregate', 'to
            'micro_batches', 'update', 'gather', 'summary', 'warnings', 'train', 'train_stages']
 
 # %% ../nbs/10_rl.ipynb #156d4548
-import json
-from pathlib import Path
 import torch
 from .core import WebseerError, append_jsonl, claim, keyed_rng, read_jsonl, run_dir, set_seed
 from .world import World, WorldConfig
 from .retrieval import MiniWeb, ask_fair
 from .tools import Tools
-from .traj import Traj, save_trajs
+from .traj import save_trajs
 from .rewards import reward
 from .agent import Budget, rollouts, run_sync
 from .model import ModelPolicy, load_checkpoint, save_checkpoint
@@ -22,55 +20,86 @@ from .sft import keep_rows, load_state, pad_stack, save_state
 
 # %% ../nbs/10_rl.ipynb #c605d298
 def advantages(
-    rewards_QG,  # (questions, rollouts per question)
+    rewards_QG,  # (Q, G): questions, rollouts per question (at least two)
     kind='loo',  # loo or std
 ):               # advantages (Q, G) and which groups are live (Q,)
-    "Group-relative advantages."
-    G = rewards_QG.shape[1]; centred = rewards_QG - rewards_QG.mean(1, keepdim=True); live = rewards_QG.std(1) > 1e-6
+    "Group-relative advantages. Another kind raises WebseerError."
+    G = rewards_QG.shape[1]
+    centred = rewards_QG - rewards_QG.mean(1, keepdim=True)
+    live = rewards_QG.std(1) > 1e-6
     if kind == 'loo': return centred * G / (G - 1), live
     if kind == 'std': return centred / (rewards_QG.std(1, keepdim=True) + 1e-6), live
     raise WebseerError(f'rl_advantage is {kind!r}; it is loo or std')
 
 # %% ../nbs/10_rl.ipynb #9d5a5c60
-def clipped(ratio, adv, low=.2, high=.28):
+def clipped(
+    ratio,     # probability now over probability when sampled, per token
+    adv,       # advantage, of a shape that fits
+    low=.2,    # the ratio counts down to 1 - low
+    high=.28,  # and up to 1 + high
+):             # to be maximised, per token
     "PPO's pessimistic objective per token, with asymmetric clipping."
     return torch.minimum(ratio * adv, ratio.clamp(1 - low, 1 + high) * adv)
 
-def low_variance_kl(logp, logp_ref):
+def low_variance_kl(
+    logp,      # log-probabilities of the sampled tokens under the policy
+    logp_ref,  # and under the reference
+):             # nats per token
     "Estimate of KL(policy || reference) per token: e^d - d - 1 with d = logp_ref - logp. Never negative."
     d = logp_ref - logp
     return d.exp() - d - 1
 
-def aggregate(x_BT, mask_BT, how='token', n_tokens=None, n_seqs=None):
+def aggregate(
+    x_BT,           # a number per token (B, T)
+    mask_BT,        # 1 for emitted tokens, else 0
+    how='token',    # token or sequence; another word raises WebseerError
+    n_tokens=None,  # emitted tokens of the whole batch, if this is a part of it
+    n_seqs=None,    # sequences of the whole batch, likewise
+):                  # scalar
     "Mean over emitted tokens (`token`) or mean of sequence means (`sequence`); the totals allow for micro-batches."
     if how == 'token': return (x_BT * mask_BT).sum() / (n_tokens or mask_BT.sum())
     if how == 'sequence': return ((x_BT * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)).sum() / (n_seqs or len(x_BT))
     raise WebseerError(f'aggregation is {how!r}; it is token or sequence')
 
-def token_logprobs(model, ids_BT, mask_BT, temperature):
-    "Log-probabilities (B, T-1) of emitted tokens under the policy at its sampling temperature, and the entropy there; 0 elsewhere."
+def token_logprobs(
+    model,        # Qwen2
+    ids_BT,       # token ids (B, T)
+    mask_BT,      # 1 where a token was emitted (B, T-1), from the second token on
+    temperature,  # that of sampling, above 0
+):                # log-probabilities (B, T-1), entropies in nats (B, T-1)
+    "Log-probabilities of emitted tokens under the policy at its sampling temperature, and the entropy there; 0 elsewhere."
     m = mask_BT.bool(); lp = torch.log_softmax(model.logits(model.hidden(ids_BT[:, :-1])[m]) / temperature, -1)
     fill = lambda x: torch.zeros(m.shape).masked_scatter(m, x)
     return fill(lp.gather(1, ids_BT[:, 1:][m][:, None])[:, 0]), fill(-(lp.exp() * lp).sum(-1))
 
 # %% ../nbs/10_rl.ipynb #5ae41b3d
-def score_rollout(t, profile, stage):
+def score_rollout(
+    t,        # Traj, changed in place
+    profile,  # run profile
+    stage,    # single (its own formula) or srrl (the profile's)
+):            # the same Traj
     "Fill in reward and its parts."
     name = 'single' if stage == 'single' else profile.reward
     cfg = dict(alpha=profile.decay, score=profile.reward_score, l_expect=.75 * profile.max_tokens, l_max=profile.max_tokens)
     t.reward, t.parts = reward(name, t.submissions, len(t.ids), cfg)
     return t
 
-def stage_budget(profile, stage):
-    "What a training rollout may do."
+def stage_budget(
+    profile,  # run profile
+    stage,    # single (one submission) or srrl (several, with feedback)
+):            # Budget
+    "What a training rollout may do. Another stage raises WebseerError."
     if stage not in ('single', 'srrl'): raise WebseerError(f'stage {stage!r} is unknown; RL stages are single and srrl')
-    return Budget(max_calls=profile.max_calls, max_submissions=1 if stage == 'single' else profile.max_submissions, max_tokens=profile.max_tokens,
-                  feedback='released' if profile.reward == 'released' else 'paper')
+    return Budget(max_calls=profile.max_calls, max_submissions=1 if stage == 'single' else profile.max_submissions,
+                  max_tokens=profile.max_tokens, feedback='released' if profile.reward == 'released' else 'paper')
 
 # %% ../nbs/10_rl.ipynb #88817d3a
 MICRO = 8000      # padded tokens per forward pass; a matter of memory only
 
-def micro_batches(trajs, budget=MICRO):
+def micro_batches(
+    trajs,         # list of Traj
+    budget=MICRO,  # tokens of a group, padding included; one longer rollout makes a group alone
+):                 # list of lists of indices
     "Split indices of trajectories, sorted by length, into groups of at most `budget` padded tokens."
     out, cur = [], []
     for i in sorted(range(len(trajs)), key=lambda i: len(trajs[i].ids)):
@@ -78,8 +107,16 @@ def micro_batches(trajs, budget=MICRO):
         cur.append(i)
     return out + [cur] if cur else out
 
-def update(model, ref, opt, trajs, advs, profile, codec):
-    "One optimiser step on trajectories with their advantages; returns metrics."
+def update(
+    model,    # Qwen2, changed in place
+    ref,      # frozen Qwen2 of the KL term, or None
+    opt,      # the model's optimiser
+    trajs,    # N trajectories with ids, mask and logprobs
+    advs,     # their advantages (N,)
+    profile,  # run profile
+    codec,    # Codec
+):            # dict of entropy, kl, clip_frac (per emitted token) and grad_norm before clipping
+    "One optimiser step on trajectories with their advantages."
     n_tok, n_seq = sum(sum(t.mask) for t in trajs), len(trajs); stats = dict(entropy=0., kl=0., clip_frac=0.)
     opt.zero_grad()
     for idx in micro_batches(trajs):
@@ -91,34 +128,55 @@ def update(model, ref, opt, trajs, advs, profile, codec):
         loss = -clipped(ratio, adv, profile.clip_low, profile.clip_high)
         if ref is not None:
             with torch.no_grad(): lp_ref, _ = token_logprobs(ref, ids, m, profile.rl_temperature)
-            kl = low_variance_kl(lp, lp_ref); loss = loss + profile.kl * kl; stats['kl'] += float((kl * m).sum().detach() / n_tok)
+            kl = low_variance_kl(lp, lp_ref)
+            loss = loss + profile.kl * kl
+            stats['kl'] += float((kl * m).sum().detach() / n_tok)
         aggregate(loss, m, profile.aggregation, n_tok, n_seq).backward()
         stats['entropy'] += float((ent * m).sum().detach() / n_tok)
         stats['clip_frac'] += float((((ratio < 1 - profile.clip_low) | (ratio > 1 + profile.clip_high)) * m).sum() / n_tok)
     stats['grad_norm'] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)); opt.step()
     return stats
 
-def gather(model, codec, profile, seed, stage, step):
+def gather(
+    model,    # Qwen2
+    codec,    # Codec
+    profile,  # run profile
+    seed,     # of the run
+    stage,    # single or srrl; both meet the same worlds and questions
+    step,     # number of the step
+):            # list of scored Traj, the rollouts of a question side by side
     "The rollouts of a step: a fresh world, `rl_questions` questions, `rl_group` rollouts each, scored."
-    web = MiniWeb(World(f'rl-{seed}-{step}', WorldConfig.of(profile))); tools = Tools(web, profile.k, profile.reader_check); rng = keyed_rng('rl', seed, step)
-    qs = [ask_fair(web, rng, profile.k, hop_weights=profile.hop_weights, kinds=profile.kinds, qid=f'{step}-{i}') for i in range(profile.rl_questions)]
+    web = MiniWeb(World(f'rl-{seed}-{step}', WorldConfig.of(profile)))
+    tools = Tools(web, profile.k, profile.reader_check)
+    rng = keyed_rng('rl', seed, step)
+    qs = [ask_fair(web, rng, profile.k, hop_weights=profile.hop_weights, kinds=profile.kinds, qid=f'{step}-{i}')
+          for i in range(profile.rl_questions)]
     policy = ModelPolicy(model, codec, profile.rl_temperature, seed=keyed_rng('sample', seed, stage, step).getrandbits(40))
     ts = run_sync(rollouts(policy, [(tools, q) for q in qs for _ in range(profile.rl_group)], stage_budget(profile, stage)))
     return [score_rollout(t, profile, stage) for t in ts]
 
-def summary(ts, live):
+def summary(
+    ts,    # scored trajectories of a step
+    live,  # which groups have reward variance (Q,)
+):         # dict of floats
     "What a step's rollouts looked like (means over rollouts)."
     n = len(ts); count = lambda name: sum(t.calls.count(name) for t in ts) / n
     return dict(reward=sum(t.reward for t in ts) / n, first_acc=sum(bool(t.submissions) and t.submissions[0]['em'] == 1 for t in ts) / n,
                 best_acc=sum(any(s['em'] == 1 for s in t.submissions) for t in ts) / n, calls=sum(len(t.calls) for t in ts) / n,
-                submissions=sum(len(t.submissions) for t in ts) / n, live=float(live.float().mean()), malformed=sum(t.calls.count('malformed') for t in ts) / max(1, sum(len(t.calls) for t in ts)),
+                submissions=sum(len(t.submissions) for t in ts) / n, live=float(live.float().mean()),
+                malformed=sum(t.calls.count('malformed') for t in ts) / max(1, sum(len(t.calls) for t in ts)),
                 length=sum(len(t.ids) for t in ts) / n, truncated=sum(t.stop in ('max_calls', 'max_turns', 'max_tokens') for t in ts) / n,
                 n_search=count('search'), n_query=count('query_on_page'), n_check=count('check'))
 
 # %% ../nbs/10_rl.ipynb #76da1e2f
-def warnings(rows, window=5):
+def warnings(
+    rows,      # metrics of the steps so far, in order
+    window=5,  # steps to look at, from the end
+):             # list of sentences, empty if all is well
     "Early signs of collapse in the last steps, as sentences (thresholds are ours)."
-    r = rows[-window:]; mean = lambda k: sum(x[k] for x in r) / max(1, len(r)); out = []
+    r = rows[-window:]
+    mean = lambda k: sum(x[k] for x in r) / max(1, len(r))
+    out = []
     if not r: return out
     if mean('malformed') > .1: out.append(f'{mean("malformed"):.0%} of calls are malformed: lower rl_lr or raise kl')
     h = [x['entropy'] for x in r if x['entropy'] is not None]                   # unknown in a step without a live group
@@ -130,22 +188,27 @@ def warnings(rows, window=5):
 # %% ../nbs/10_rl.ipynb #97f53d98
 def train(
     profile,       # run profile
-    seed=0,
+    seed=0,        # of the run
     stage='srrl',  # srrl (several submissions with feedback) or single (one)
-    steps=None,    # stop after so many steps in all
+    steps=None,    # stop after so many steps in all (tests of resuming); default: the profile's
     name=None,     # folder name, if not the stage's
-):                 # checkpoint folder
-    "Train from the SFT checkpoint of the same seed, resuming from the last state."
+):                 # checkpoint folder; None if stopped before the profile's last step
+    "Train from the SFT checkpoint of the same seed, resuming from the last state. Raises WebseerError if there is none."
     from tqdm.auto import tqdm
-    budget = stage_budget(profile, stage); folder = run_dir(profile, seed) / (name or stage); done, state = folder / 'checkpoint', folder / 'state.pt'
+    budget = stage_budget(profile, stage)
+    folder = run_dir(profile, seed) / (name or stage)
+    done, state = folder / 'checkpoint', folder / 'state.pt'
     claim(folder, **profile.part('world', 'teacher', 'data', 'model', 'sft', 'rl', 'loop'), stage=stage, seed=seed)
     if (done / 'model.safetensors').exists(): return done
     torch.set_num_threads(1); set_seed(seed)
     model, codec, _ = load_checkpoint(run_dir(profile, seed) / 'sft' / 'checkpoint')
     ref = load_checkpoint(run_dir(profile, seed) / 'sft' / 'checkpoint')[0] if profile.kl else None
     opt = torch.optim.AdamW(model.parameters(), lr=profile.rl_lr, betas=(.9, .95), weight_decay=0.)
-    first = (load_state(state, model, opt) or dict(step=0))['step']; keep_rows(folder / 'metrics.jsonl', first); rows = []
-    stop = min(profile.rl_steps, steps or profile.rl_steps); bar = tqdm(range(first, stop), desc=stage, mininterval=5, initial=first, total=stop)
+    first = (load_state(state, model, opt) or dict(step=0))['step']
+    keep_rows(folder / 'metrics.jsonl', first)
+    rows = []
+    stop = min(profile.rl_steps, steps or profile.rl_steps)
+    bar = tqdm(range(first, stop), desc=stage, mininterval=5, initial=first, total=stop)
     for step in bar:
         lr = profile.rl_lr * min(1, (step + 1) / 5) * (1 - .9 * step / profile.rl_steps)
         for g in opt.param_groups: g['lr'] = lr
@@ -155,11 +218,15 @@ def train(
         keyed_rng('minibatches', seed, stage, step).shuffle(use); stats = []
         for part in (use[k::profile.rl_minibatches] for k in range(profile.rl_minibatches)):
             if part: stats.append(update(model, ref, opt, [ts[i] for i in part], adv.view(-1)[part], profile, codec))
-        row = dict(step=step, **summary(ts, live), **{k: sum(s[k] for s in stats) / len(stats) if stats else None for k in ('entropy', 'kl', 'clip_frac', 'grad_norm')}, lr=lr)
-        rows.append(row); bar.set_postfix(reward=f'{row["reward"]:.2f}', first=f'{row["first_acc"]:.2f}', calls=f'{row["calls"]:.1f}', refresh=False)
+        row = dict(step=step, **summary(ts, live), **{k: sum(s[k] for s in stats) / len(stats) if stats else None
+                                                      for k in ('entropy', 'kl', 'clip_frac', 'grad_norm')}, lr=lr)
+        rows.append(row)
+        bar.set_postfix(reward=f'{row["reward"]:.2f}', first=f'{row["first_acc"]:.2f}', calls=f'{row["calls"]:.1f}', refresh=False)
         if (step + 1) % profile.checkpoint_every == 0 or step + 1 == stop:
             save_trajs(folder / 'rollouts' / f'step{step:04}.jsonl', ts[:profile.rl_group])
-            append_jsonl(folder / 'metrics.jsonl', rows); rows = []; save_state(state, model, opt, step + 1)
+            append_jsonl(folder / 'metrics.jsonl', rows)
+            rows = []
+            save_state(state, model, opt, step + 1)
             for w in warnings(read_jsonl(folder / 'metrics.jsonl')): tqdm.write(f'{stage} step {step}: {w}')
     if stop < profile.rl_steps: return None
     return save_checkpoint(done, model, codec, dict(stage=stage, seed=seed, profile=profile.name))
@@ -167,8 +234,14 @@ def train(
 # %% ../nbs/10_rl.ipynb #050cc61c
 def _train(args): return train(*args)
 
-def train_stages(profile, seed=0, stages=('single', 'srrl'), workers=2):
-    "Train several RL stages from the same SFT checkpoint, side by side; returns their checkpoint folders."
+def train_stages(
+    profile,                    # run profile
+    seed=0,                     # of the run
+    stages=('single', 'srrl'),  # what to train
+    workers=2,                  # processes; each trains one stage at a time
+):                              # list of checkpoint folders, in the order of `stages`
+    "Train several RL stages from the same SFT checkpoint, side by side."
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as ex: return list(ex.map(_train, [(profile, seed, s) for s in stages]))
+    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as ex:
+        return list(ex.map(_train, [(profile, seed, s) for s in stages]))

@@ -7,34 +7,49 @@ __all__ = ['encode_messages', 'pad_stack', 'token_batches', 'batch_stream', 'sft
            'learning_rate', 'load_data', 'train']
 
 # %% ../nbs/09_sft.ipynb #d86aec43
-import json, os, time
+import os
 from pathlib import Path
 import torch, torch.nn.functional as F
 from .core import WebseerError, append_jsonl, claim, keyed_rng, read_jsonl, run_dir, set_seed, write_text, to_json
 from .traj import load_trajs
 from .agent import ASSISTANT, render_message
-from .model import THOUGHTS, Codec, ModelConfig, Qwen2, init_weights, load_checkpoint, save_checkpoint
+from .model import THOUGHTS, Codec, ModelConfig, Qwen2, init_weights, save_checkpoint
 
 # %% ../nbs/09_sft.ipynb #e93eb938
-def encode_messages(codec, messages):
+def encode_messages(
+    codec,     # Codec
+    messages,  # chat messages
+):             # (ids, mask), two lists of the same length
     "Token ids of a conversation and its mask (1 = emitted by the assistant)."
     ids, mask, opened = [], [], codec.encode(ASSISTANT)
     for i, m in enumerate(messages):
         text = render_message(m, i == 0)
         if m['role'] == 'assistant':
-            body = codec.encode(text.removeprefix(ASSISTANT)); ids += opened + body; mask += [0] * len(opened) + [1] * len(body)
+            body = codec.encode(text.removeprefix(ASSISTANT))
+            ids += opened + body
+            mask += [0] * len(opened) + [1] * len(body)
         else:
-            new = codec.encode(text); ids += new; mask += [0] * len(new)
+            new = codec.encode(text)
+            ids += new
+            mask += [0] * len(new)
     return ids, mask
 
 # %% ../nbs/09_sft.ipynb #88a2c1be
-def pad_stack(seqs, fill=0, dtype=torch.long):
-    "Lists of numbers as one padded tensor (B, T)."
+def pad_stack(
+    seqs,              # B lists of numbers, at least one
+    fill=0,            # stands behind the shorter ones
+    dtype=torch.long,  # of the tensor
+):                     # (B, T), T the longest length
+    "Lists of numbers as one padded tensor."
     x = torch.full((len(seqs), max(map(len, seqs))), fill, dtype=dtype)
     for i, s in enumerate(seqs): x[i, :len(s)] = torch.tensor(s, dtype=dtype)
     return x
 
-def token_batches(items, budget, rng):
+def token_batches(
+    items,   # (ids, mask) of each trajectory
+    budget,  # tokens of a batch, padding included
+    rng,     # random.Random
+):           # list of batches, each a list of items
     "Shuffled batches of items (ids, mask) with at most `budget` tokens after padding (at least one item each)."
     order = sorted(items, key=lambda e: len(e[0]) + rng.random() * 8); out, cur = [], []
     for e in order:
@@ -44,9 +59,18 @@ def token_batches(items, budget, rng):
     out.append(cur); rng.shuffle(out)
     return out
 
-def batch_stream(easy, main, steps, budget, seed, share=.35):
+def batch_stream(
+    easy,       # items (ids, mask) for the beginning; may be empty
+    main,       # items for the rest
+    steps,      # batches in all
+    budget,     # tokens of a batch, padding included
+    seed,       # of the run; decides the order
+    share=.35,  # share of steps, from 0 to 1, that take easy items
+):              # generator of batches, lists of items
     "One batch per step: the first `share` of steps from easy trajectories, then from the main ones, reshuffled each epoch."
-    epoch = dict(easy=0, main=0); pool = []; kind = None
+    epoch = dict(easy=0, main=0)
+    pool = []
+    kind = None
     for step in range(steps):
         now = 'easy' if easy and step < share * steps else 'main'
         if now != kind: pool, kind = [], now
@@ -55,8 +79,14 @@ def batch_stream(easy, main, steps, budget, seed, share=.35):
         yield pool.pop()
 
 # %% ../nbs/09_sft.ipynb #82a711aa
-def sft_loss(model, batch, codec, verdicts, weight=3.):
-    "Weighted mean cross-entropy over emitted tokens: (loss, share of them predicted exactly, tokens)."
+def sft_loss(
+    model,      # Qwen2
+    batch,      # list of (ids, mask)
+    codec,      # Codec
+    verdicts,   # 1-d tensor of the token ids that weigh more
+    weight=3.,  # their weight; all other tokens weigh 1
+):              # (loss with gradient, share of emitted tokens predicted exactly, tokens of the batch with padding)
+    "Weighted mean cross-entropy over emitted tokens."
     x, m = pad_stack([b[0] for b in batch], codec.pad), pad_stack([b[1] for b in batch])[:, 1:].bool()
     logits, y = model.logits(model.hidden(x[:, :-1])[m]), x[:, 1:][m]
     w = torch.where(torch.isin(y, verdicts), weight, 1.)
@@ -64,32 +94,60 @@ def sft_loss(model, batch, codec, verdicts, weight=3.):
     return loss, (logits.argmax(-1) == y).float().mean(), x.numel()
 
 # %% ../nbs/09_sft.ipynb #0793e5e2
-def save_state(path, model, opt, step, **extra):
-    "Write the training state, all or nothing."
+def save_state(
+    path,     # file to write
+    model,    # nn.Module
+    opt,      # its optimiser
+    step,     # number of the next step, counted from 0
+    **extra,  # whatever else shall be kept
+):
+    "Write the training state, all or nothing. Raises WebseerError if the disk refuses."
     tmp = Path(path).with_suffix('.tmp'); Path(path).parent.mkdir(parents=True, exist_ok=True)
     try: torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), step=step, **extra), tmp); os.replace(tmp, path)
     except (OSError, RuntimeError) as e:
         tmp.unlink(missing_ok=True)
-        raise WebseerError(f'the training state {path} could not be written ({e}); the previous one is untouched. Free space and start again: the run resumes') from e
+        raise WebseerError(f'the training state {path} could not be written ({e}); the previous one is untouched. '
+                           'Free space and start again: the run resumes') from e
 
-def load_state(path, model, opt):
-    "Restore a training state; returns it, or None if there is none."
+def load_state(
+    path,   # file that `save_state` wrote
+    model,  # nn.Module, changed in place
+    opt,    # its optimiser, changed in place
+):          # dict with model, opt, step and extras; None if there is no file
+    "Restore a training state. Raises WebseerError if it is damaged."
     if not Path(path).exists(): return None
-    try: s = torch.load(path, weights_only=False); model.load_state_dict(s['model']); opt.load_state_dict(s['opt'])
-    except Exception as e: raise WebseerError(f'the training state {path} is damaged ({type(e).__name__}); delete it to start this stage again') from e
+    try:
+        s = torch.load(path, weights_only=False)
+        model.load_state_dict(s['model'])
+        opt.load_state_dict(s['opt'])
+    except Exception as e:
+        raise WebseerError(f'the training state {path} is damaged ({type(e).__name__}); delete it to start this stage again') from e
     return s
 
-def keep_rows(path, step):
+def keep_rows(
+    path,  # JSONL file of metrics; need not exist
+    step,  # first step to drop
+):
     "Drop metric rows from `step` on (they will be computed again)."
     if Path(path).exists(): write_text(path, ''.join(to_json(r) + '\n' for r in read_jsonl(path, tolerate_tail=True) if r['step'] < step))
 
 # %% ../nbs/09_sft.ipynb #4d443440
-def learning_rate(step, steps, peak, warmup, decay=.4):
+def learning_rate(
+    step,      # number of the step, from 0
+    steps,     # steps in all
+    peak,      # base rate; the constant part lies 1 % above it
+    warmup,    # steps of the warm-up
+    decay=.4,  # share of the steps over which it falls
+):             # the rate of this step
     "Linear warm-up, constant, linear decay to nearly nothing over the last `decay` share."
     return peak * min(1., (step + 1) / warmup) * (min(1., (1 - step / steps) / decay) + .01)
 
-def load_data(profile, seed, codec):
-    "Encoded trajectories of the easy and the main worlds."
+def load_data(
+    profile,  # run profile
+    seed,     # of the run
+    codec,    # Codec
+):            # (easy, main), lists of items (ids, mask)
+    "Encoded trajectories of the easy and the main worlds; those longer than `max_len` are left out. Raises WebseerError without data."
     folder = run_dir(profile, seed) / 'reflect'; easy, main = [], []
     for i in range(profile.n_worlds):
         f = folder / f'world{i:03}.jsonl'
@@ -100,21 +158,23 @@ def load_data(profile, seed, codec):
     return easy, main
 
 def train(
-    profile,    # run profile
-    seed=0,
-    steps=None, # stop after so many steps in all (tests of resuming); default: the profile's
-):              # checkpoint folder
-    "Train the tiny model on reflection data, resuming from the last state."
+    profile,     # run profile
+    seed=0,      # of the run
+    steps=None,  # stop after so many steps in all (tests of resuming); default: the profile's
+):               # checkpoint folder; None if stopped before the profile's last step
+    "Train the tiny model on reflection data, resuming from the last state. Raises WebseerError without data or if the settings differ."
     from tqdm.auto import tqdm
     folder = run_dir(profile, seed) / 'sft'; done, state = folder / 'checkpoint', folder / 'state.pt'
     claim(folder, **profile.part('world', 'teacher', 'data', 'model', 'sft', 'loop'), stage='sft', seed=seed)
     if (done / 'model.safetensors').exists(): return done
-    torch.set_num_threads(1); set_seed(seed); codec = Codec()
+    torch.set_num_threads(1); set_seed(seed)
+    codec = Codec()
     model = init_weights(Qwen2(ModelConfig.of(profile, codec.n)), seed, (1, 2, 3) if profile.look_back else ())
     opt = torch.optim.AdamW(model.parameters(), lr=profile.sft_lr, betas=(.9, .98), weight_decay=.01)
     verdicts = torch.tensor([codec.encode(THOUGHTS[k])[0] for k in ('right', 'wrong')])
     stream = batch_stream(*load_data(profile, seed, codec), profile.sft_steps, profile.sft_tokens, seed, profile.easy_share); rows = []
-    if not (folder.parent / 'untrained' / 'checkpoint').exists(): save_checkpoint(folder.parent / 'untrained' / 'checkpoint', model, codec, dict(stage='untrained', seed=seed))
+    if not (folder.parent / 'untrained' / 'checkpoint').exists():
+        save_checkpoint(folder.parent / 'untrained' / 'checkpoint', model, codec, dict(stage='untrained', seed=seed))
     first = (load_state(state, model, opt) or dict(step=0))['step']; keep_rows(folder / 'metrics.jsonl', first)
     stop = min(profile.sft_steps, steps or profile.sft_steps)
     for step, batch in enumerate(tqdm(stream, total=stop, desc='sft', mininterval=5)):
@@ -123,9 +183,14 @@ def train(
         lr = learning_rate(step, profile.sft_steps, profile.sft_lr, profile.sft_warmup)
         for g in opt.param_groups: g['lr'] = lr
         loss, acc, n = sft_loss(model, batch, codec, verdicts, profile.verdict_weight)
-        opt.zero_grad(); loss.backward(); norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step()
+        opt.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        opt.step()
         rows.append(dict(step=step, loss=loss.item(), lr=lr, tokens=n, token_acc=acc.item(), grad_norm=float(norm)))
         if (step + 1) % (profile.checkpoint_every * 10) == 0 or step + 1 == stop:
-            append_jsonl(folder / 'metrics.jsonl', rows); rows = []; save_state(state, model, opt, step + 1)
+            append_jsonl(folder / 'metrics.jsonl', rows)
+            rows = []
+            save_state(state, model, opt, step + 1)
     if stop < profile.sft_steps: return None
     return save_checkpoint(done, model, codec, dict(stage='sft', seed=seed, profile=profile.name))

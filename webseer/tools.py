@@ -26,7 +26,9 @@ ARGUMENTS = {t['function']['name']: t['function']['parameters']['required'] for 
 # %% ../nbs/03_tools.ipynb #5aeb932b
 NOTHING = 'No page contains all these words. Try other words.'
 
-def render_hits(hits):
+def render_hits(
+    hits,  # list of Hit
+):         # two lines per hit (address, extract), or `NOTHING`
     "Search results as a short list."
     return '\n'.join(f'- {h.url}\n  {h.snippet}' for h in hits) if hits else NOTHING
 
@@ -41,9 +43,17 @@ class Tools:
     k: int = 3              # results per search
     check: bool = True      # the reader answers yes/no questions with yes or no
 
-    def search(self, query): return render_hits(self.retriever.search(query, self.k))
+    def search(self,
+        query,  # words to look for
+    ):          # addresses and extracts as text
+        "Search the web."
+        return render_hits(self.retriever.search(query, self.k))
 
-    def query_on_page(self, url, question):
+    def query_on_page(self,
+        url,       # address from a search result
+        question,  # what to find out, or a yes/no question to check
+    ):             # the reader's answer as text
+        "Read one page for a question; raises ToolError if no page has the address."
         try:
             direct = getattr(self.retriever, 'subject', None)
             subject, lines = direct(url) if direct else main_text(self.retriever.fetch(url).html)
@@ -52,9 +62,9 @@ class Tools:
 
     def call(self,
         name,  # tool name as the model wrote it
-        args,  # its arguments
-    ):         # result as text; raises ToolError with a text for the model
-        "Run `search` or `query_on_page`; submissions are the agent loop's business."
+        args,  # its arguments, a dict of strings
+    ):         # result as text
+        "Run `search` or `query_on_page`; submissions are the agent loop's business. Raises ToolError with a text for the model."
         if name not in ARGUMENTS: raise ToolError(f'There is no tool {name}. The tools are {", ".join(ARGUMENTS)}.')
         if not isinstance(args, dict): raise ToolError(f'Arguments of {name} must be an object.')
         missing = [a for a in ARGUMENTS[name] if not isinstance(args.get(a), str)]
@@ -67,9 +77,17 @@ class Tools:
 # %% ../nbs/03_tools.ipynb #ab19d882
 class AsyncTools(Tools):
     "The tools over a retriever with `asearch(query, k)` and `asubject(url)`; `call` returns a coroutine."
-    async def search(self, query): return render_hits(await self.retriever.asearch(query, self.k))
+    async def search(self,
+        query,  # words to look for
+    ):          # addresses and extracts as text
+        "`Tools.search` for async code."
+        return render_hits(await self.retriever.asearch(query, self.k))
 
-    async def query_on_page(self, url, question):
+    async def query_on_page(self,
+        url,       # address from a search result
+        question,  # what to find out, or a yes/no question to check
+    ):             # the reader's answer as text
+        "`Tools.query_on_page` for async code; raises ToolError likewise."
         try: subject, lines = await self.retriever.asubject(url)
         except PageNotFound: raise ToolError('No page has this address.')
         return read_lines(subject, lines, question, self.check)

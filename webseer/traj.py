@@ -21,10 +21,10 @@ SCHEMA = 'webseer.traj/1'
 @dataclass
 class Traj:
     "One rollout: conversation, tokens, outcome."
-    question: str
-    golds: list
-    qid: str = ''
-    hops: int = 0
+    question: str             # the question as the agent reads it
+    golds: list               # accepted answers
+    qid: str = ''             # identifier of the question
+    hops: int = 0             # facts the question needs; 0: not known
     world: object = None      # seed of the world it was made in
     messages: list = field(default_factory=list)     # OpenAI chat messages
     ids: list = field(default_factory=list)          # all token ids in order
@@ -32,12 +32,12 @@ class Traj:
     logprobs: list = field(default_factory=list)     # log-probability of emitted tokens, 0.0 elsewhere
     submissions: list = field(default_factory=list)  # dicts: answer, em, f1, recall, cover_em
     calls: list = field(default_factory=list)        # name of each call; 'check' for a yes/no query_on_page; 'malformed'
-    reward: float = 0.
+    reward: float = 0.        # what the rollout earned (chapter 5); 0 until it is scored
     parts: dict = field(default_factory=dict)        # the reward's parts
-    stop: str = ''
-    seed: object = 0
-    meta: dict = field(default_factory=dict)
-    schema: str = SCHEMA
+    stop: str = ''            # why it ended, a key of `STOPS`; empty while it runs
+    seed: object = 0          # seed of the rollout, for policies that sample
+    meta: dict = field(default_factory=dict)         # whatever else belongs to it: the oracle's path, an error
+    schema: str = SCHEMA      # format of the record; another one is refused when read
 
     def __repr__(self):
         out = [f'{self.question}  [{" | ".join(self.golds)}]']
@@ -49,9 +49,12 @@ class Traj:
         return '\n'.join(out + [f'  = stop: {self.stop}, {len(self.calls)} calls, {len(self.ids)} tokens, reward {self.reward:.3g}'])
 
     def _repr_html_(self): return f'<pre style="white-space:pre-wrap">{html.escape(repr(self))}</pre>'
-    def to_dict(self): return asdict(self)
+    def to_dict(self): return asdict(self)  # all fields, ready for JSON
     @classmethod
-    def from_dict(cls, d):
+    def from_dict(cls,
+        d,  # what `to_dict` gave
+    ):      # Traj
+        "The trajectory of a dict. Raises WebseerError for another schema, and for unknown or missing fields."
         if d.get('schema') != SCHEMA: raise WebseerError(f'not a trajectory of schema {SCHEMA}: found {d.get("schema")!r}')
         unknown = set(d) - {f.name for f in fields(cls)}
         if unknown: raise WebseerError(f'trajectory has unknown fields {sorted(unknown)}; it was written by another version')
@@ -59,15 +62,20 @@ class Traj:
         except TypeError as e: raise WebseerError(f'trajectory is incomplete: {e}') from None
 
     @property
-    def tool_calls(self):
+    def tool_calls(self):  # int; malformed calls count, too
         "Number of tool calls, submissions included."
         return len(self.calls)
 
 # %% ../nbs/04_traj.ipynb #bba5453d
-def save_trajs(path, trajs):
+def save_trajs(
+    path,   # JSONL file to write
+    trajs,  # trajectories
+):
     "Write trajectories as JSONL, all or nothing."
     write_text(path, ''.join(json.dumps(t.to_dict(), ensure_ascii=False) + '\n' for t in trajs))
 
-def load_trajs(path):
-    "Read trajectories from JSONL."
+def load_trajs(
+    path,  # JSONL file
+):         # list of Traj
+    "Read trajectories from JSONL. Raises WebseerError for a missing file, a broken line or another schema."
     return [Traj.from_dict(d) for d in read_jsonl(path)]

@@ -8,14 +8,15 @@ __all__ = ['GIVEN', 'LEXICON', 'YEARS', 'NEAR', 'RELATIONS', 'ASK', 'SITES', 'FI
            'chain_question', 'same_question', 'compare_question', 'draw_question']
 
 # %% ../nbs/01_world.ipynb #c29ea84d
-import random, html as html_lib
-from dataclasses import dataclass, field, fields
+import html as html_lib
+from dataclasses import dataclass, fields
 from .core import WebseerError, keyed_rng
 
 # %% ../nbs/01_world.ipynb #31070fb8
 _PARTS = {
     'person': ('Vel Ok Mar Tes Bran Dor Kel Lun Sor Hal'.split(), 'tin arov enko dal wick issa moto berg'.split()),
-    'film': ('Night Storm Silver Ember Winter Shadow River Glass Iron Golden'.split(), 'fall light gate song tide road watch bound'.split()),
+    'film': ('Night Storm Silver Ember Winter Shadow River Glass Iron Golden'.split(),
+             'fall light gate song tide road watch bound'.split()),
     'city': ('Tor Ash Brim Cold Eld Fen Gar Lor Mun Wes'.split(), 'vik ford haven mere stad minster port bury'.split()),
     'org': ('Hel Nova Quan Syn Apex Cor Ful Omni Pyr Zen'.split(), 'tron ware corp dyne soft works tech lab'.split())}
 GIVEN = 'Ada Boris Clea Dmitri Edda Felix Greta Hugo'.split()                # first names, only used for aliases
@@ -33,7 +34,7 @@ class Relation:
     verb: str     # verb wording on a page, between subject and value
     ask: str      # verb wording in a query, before the subject
     @property
-    def noun(self): return f'the {self.name} of '
+    def noun(self): return f'the {self.name} of '  # noun wording in a query, before the subject
 
 RELATIONS = {r.name: r for r in [
     Relation('director', 'film', 'person', ' was directed by ', 'who directed '),
@@ -48,12 +49,21 @@ RELATIONS = {r.name: r for r in [
     Relation('year', 'film', 'year', ' was released in ', 'when was released ')]}
 ASK = {'person': 'Who is ', 'city': 'Which city is ', 'org': 'Which company is ', 'year': 'Which year is '}
 
-def sentence(rel, subject, value, wording):
+def sentence(
+    rel,      # name of a relation
+    subject,  # whom the fact is about
+    value,    # what the page gives as its value
+    wording,  # 0: noun form, 1: verb form
+):            # one sentence with its full stop
     "How a page states a fact: wording 0 is the noun form, 1 the verb form."
     r = RELATIONS[rel]
     return f'The {rel} of {subject} is {value}.' if wording == 0 else f'{subject}{r.verb}{value}.'
 
-def query_text(rel, subject, wording):
+def query_text(
+    rel,      # name of a relation
+    subject,  # whom the fact is about
+    wording,  # 0: noun form, 1: verb form
+):            # query without the value, such as 'who directed Nightfall'
     "A keyword query for a fact in one of the two wordings."
     r = RELATIONS[rel]
     return (r.noun if wording == 0 else r.ask) + subject
@@ -63,7 +73,7 @@ SITES = ('wikipond', 'thepost', 'openlog', 'chatboard', 'copycat', 'fanzine', 'r
 
 @dataclass(frozen=True)
 class WorldConfig:
-    "Difficulty of a world; the run profile has fields of the same names."
+    "Difficulty of a world; the run profile has fields of the same names. Raises WebseerError for a number out of range."
     n_entities: int = 40            # entities of each type, at most 80
     reliability: tuple = (.95, .88, .80, .72, .65)  # P(a site states a fact rightly), one per site
     near: float = .08               # P(a page is about somebody of nearly the same name)
@@ -71,7 +81,11 @@ class WorldConfig:
     stale_snippet: float = .20      # P(the search engine's copy of a fact differs from the page)
     miss: float = .20               # P(all sites avoid the noun wording of a fact); the same for the verb wording
     @classmethod
-    def of(cls, profile): return cls(**{f.name: getattr(profile, 'sites' if f.name == 'reliability' else f.name) for f in fields(cls)})
+    def of(cls,
+        profile,  # run profile; its `sites` are the reliabilities
+    ):            # WorldConfig
+        "The difficulty that a run profile asks for."
+        return cls(**{f.name: getattr(profile, 'sites' if f.name == 'reliability' else f.name) for f in fields(cls)})
     def __post_init__(self):
         if not 2 <= self.n_entities <= 80: raise WebseerError(f'n_entities is {self.n_entities}; a world has 2 to 80 entities of a type')
         if not 1 <= len(self.reliability) <= len(SITES): raise WebseerError(
@@ -86,7 +100,7 @@ FILLER = ('This entry was checked by volunteers.', 'Readers may suggest correcti
 class WebPage:
     "One page of the mini-web."
     url: str       # stable: site and title
-    site: str
+    site: str      # one of `SITES`
     title: str     # the name under which the page is filed
     subject: str   # whom the page is really about (differs from the title on near-name pages)
     type: str      # entity type
@@ -95,12 +109,19 @@ class WebPage:
     indexed: list  # the text as the search engine last saw it
     alias: str = ''  # a fuller name, told in the first sentence of the HTML
     @property
-    def text(self): return '\n'.join(self.lines)
+    def text(self): return '\n'.join(self.lines)  # the text as it stands, one sentence a line
 
-def page_url(site, title): return f'https://{site}.example/{title}'
+def page_url(
+    site,   # one of `SITES`
+    title,  # the name under which the page is filed
+):          # address of a page
+    "The address under which a site keeps the page of that title."
+    return f'https://{site}.example/{title}'
 
 # %% ../nbs/01_world.ipynb #4ce24051
-def page_html(p):
+def page_html(
+    p,  # WebPage
+):      # a whole HTML document as text
     "The page as HTML: head, navigation, infobox, prose with links, footer."
     e = html_lib.escape
     def link(rel, v):
@@ -108,7 +129,8 @@ def page_html(p):
     rows = ''.join(f'<tr><th>{e(r.capitalize())}</th><td>{link(r, v)}</td></tr>' for r, (v, w) in p.facts.items())
     def prose(line):
         for r, (v, _) in p.facts.items():
-            if line.endswith(f' {v}.') and line in {sentence(r, p.subject, v, w) for w in (0, 1)}: return e(line[:-len(v) - 1]) + link(r, v) + '.'
+            if line.endswith(f' {v}.') and line in {sentence(r, p.subject, v, w) for w in (0, 1)}:
+                return e(line[:-len(v) - 1]) + link(r, v) + '.'
         return e(line)
     body = '\n'.join(f'<p>{prose(l)}</p>' for l in p.lines)
     lead = f'<p><b>{e(p.alias)}</b>, known as {e(p.subject)}.</p>\n' if p.alias else ''
@@ -121,8 +143,8 @@ def page_html(p):
 class World:
     "A web drawn from a seed: `facts[entity, relation]`, `pages[url]`."
     def __init__(self,
-        seed,                        # int or str; the same seed gives the same world
-        config=None,                 # WorldConfig
+        seed,         # int or str; the same seed gives the same world
+        config=None,  # WorldConfig; None: the default difficulty
     ):
         self.seed, self.config = seed, config or WorldConfig()
         rng = keyed_rng('world', seed); c = self.config
@@ -178,15 +200,15 @@ def _wording_rule(rng, miss):
 @dataclass(frozen=True)
 class Question:
     "A question with its gold answers (the name and its aliases) and the oracle's path."
-    qid: str
-    text: str
+    qid: str         # identifier; empty where nobody needs one
+    text: str        # the question as the agent reads it
     golds: tuple     # accepted answers
     hops: int        # facts needed
     kind: str        # chain, same, compare
     path: tuple      # ((entity, relation, value), …)
     world: object    # seed of the world
 
-def relation_chains():
+def relation_chains():  # {hops: [tuple of relation names]}
     "All type-correct relation chains of 1 to 4 hops, by length."
     rels = [r for r in RELATIONS.values() if r.object != 'year']
     out = {1: [(r.name,) for r in rels]}
@@ -194,8 +216,10 @@ def relation_chains():
         out[n] = [c + (r.name,) for c in out[n - 1] for r in rels if r.subject == RELATIONS[c[-1]].object]
     return out
 
-def chains(split):
-    "Relation chains of a split, by length: one hop is shared; longer ones are divided 4 (train) to 1 (test)."
+def chains(
+    split,  # 'train' or 'test'
+):          # {hops: [tuple of relation names]}
+    "Relation chains of a split, by length: one hop is shared; longer ones are divided 4 (train) to 1 (test). Raises WebseerError."
     if split not in ('train', 'test'): raise WebseerError(f"split is {split!r}; it is 'train' or 'test'")
     out = {}
     for n, cs in relation_chains().items():
@@ -206,17 +230,29 @@ def chains(split):
 _CHAINS = {s: chains(s) for s in ('train', 'test')}
 
 # %% ../nbs/01_world.ipynb #83409310
-def chain_question(world, rng, hops, split='train', qid=''):
+def chain_question(
+    world,          # World
+    rng,            # random.Random
+    hops,           # relations to follow, 1 to 4
+    split='train',  # whose chains are used, 'train' or 'test'
+    qid='',         # identifier of the question
+):                  # Question of kind chain
     "A question that follows `hops` relations from a random entity."
     chain = rng.choice(_CHAINS[split][hops])
     e = x = rng.choice(world.entities[RELATIONS[chain[0]].subject]); path = []
     for r in chain:
-        y = world.facts[x, r]; path.append((x, r, y)); x = y
+        y = world.facts[x, r]
+        path.append((x, r, y))
+        x = y
     text = ASK[RELATIONS[chain[-1]].object] + ''.join(RELATIONS[r].noun for r in reversed(chain)) + e + '?'
     return Question(qid, text, (x, world.alias[x]), hops, 'chain', tuple(path), world.seed)
 
-def same_question(world, rng, qid=''):
-    "Whether two entities share a value; yes and no are equally likely."
+def same_question(
+    world,   # World
+    rng,     # random.Random
+    qid='',  # identifier of the question
+):           # Question of kind same, answered by yes or no
+    "Whether two entities share a value; yes and no are equally likely. A world without such a pair raises WebseerError."
     want = rng.random() < .5
     for _ in range(100):
         r = rng.choice([r for r in RELATIONS.values() if r.object != 'year'])
@@ -225,19 +261,32 @@ def same_question(world, rng, qid=''):
         if pool: break
     else: raise WebseerError(f'world {world.seed} has no two entities that share a value; raise n_entities')
     b = rng.choice(pool); va, vb = world.facts[a, r.name], world.facts[b, r.name]
-    return Question(qid, f'Is {r.noun}{a} also {r.noun}{b}?', ('yes' if va == vb else 'no',), 2, 'same', ((a, r.name, va), (b, r.name, vb)), world.seed)
+    return Question(qid, f'Is {r.noun}{a} also {r.noun}{b}?', ('yes' if va == vb else 'no',), 2, 'same',
+                    ((a, r.name, va), (b, r.name, vb)), world.seed)
 
-def compare_question(world, rng, qid=''):
-    "Which of two films was released first."
+def compare_question(
+    world,   # World
+    rng,     # random.Random
+    qid='',  # identifier of the question
+):           # Question of kind compare, answered by a film
+    "Which of two films was released first. Raises WebseerError if 100 draws give no two films of different years."
     for _ in range(100):
         a, b = rng.sample(world.entities['film'], 2); ya, yb = world.facts[a, 'year'], world.facts[b, 'year']
         if ya != yb: break
     else: raise WebseerError(f'world {world.seed} has no two films of different years; raise n_entities')
     x = a if ya < yb else b
-    return Question(qid, f'Which film is older, {a} or {b}?', (x, world.alias[x]), 2, 'compare', ((a, 'year', ya), (b, 'year', yb)), world.seed)
+    return Question(qid, f'Which film is older, {a} or {b}?', (x, world.alias[x]), 2, 'compare',
+                    ((a, 'year', ya), (b, 'year', yb)), world.seed)
 
-def draw_question(world, rng, hop_weights=(.30, .35, .35, 0.), split='train', kinds=('chain',), qid=''):
-    "A random question: its kind from `kinds`, its hops from `hop_weights` (1 to 4 hops)."
+def draw_question(
+    world,                            # World
+    rng,                              # random.Random
+    hop_weights=(.30, .35, .35, 0.),  # relative weights of 1, 2, 3 and 4 hops; chains only
+    split='train',                    # whose chains are used, 'train' or 'test'; chains only
+    kinds=('chain',),                 # kinds to draw from, all equally likely: chain, same, compare
+    qid='',                           # identifier of the question
+):                                    # Question
+    "A random question: its kind from `kinds`, its hops from `hop_weights` (1 to 4 hops). An unknown kind raises WebseerError."
     kind = rng.choice(kinds)
     if kind == 'same': return same_question(world, rng, qid)
     if kind == 'compare': return compare_question(world, rng, qid)
