@@ -11,7 +11,7 @@ setup: $(READY)
 
 test: $(READY)
 	$(BIN)/nbdev-test --skip-folder-re '^([_.]|repro)' --n-workers 2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/webseer reproduce --profile smoke
 
 reproduce: $(READY)

@@ -1,17 +1,26 @@
 import asyncio
+import contextlib
+import gc
+import gzip
+import logging
+import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import pytest
-from starlette.responses import JSONResponse, PlainTextResponse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from webseer.core import WebseerError
-from webseer.remote import (DeadlineExceeded, RemoteRetriever, Transient, index_html, is_loopback, listen, local_links, make_client,
-                            running_app, running_server, serve)
+from webseer.remote import (DeadlineExceeded, RemoteRetriever, Service, Transient, check_address, index_html, is_loopback, listen, local_links,
+                            make_client, retry_after, running_app, running_server, serve)
 from webseer.retrieval import Hit, MiniWeb, Page, PageNotFound
 from webseer.tools import Tools
 from webseer.world import World, query_text
@@ -113,7 +122,8 @@ def test_wrong_request_is_told(few, path, body, word):
 
 def test_released_server_fields(few):
     r = httpx.post(few + "/search", json={"query": "x", "index": "wiki", "source": ["a"]}).json()
-    assert r["success"] and set(r["hits"][0]) == {"title", "url", "content", "score"}
+    assert r["success"] and set(r["hits"][0]) == {"id", "title", "url", "content", "highlight", "score"}
+    assert r["hits"][1]["id"] == 1 and r["hits"][1]["highlight"] == {"content": [r["hits"][1]["content"]]}
     r = httpx.post(few + "/get_content", json={"url": "http://a.example/1"}).json()
     assert r["success"] and {"content", "title", "html"} <= set(r)
     r = httpx.post(few + "/get_content", json={"url": "none"})
@@ -145,6 +155,15 @@ def test_local_links():
     assert local_links("<A HREF='y'>", base) == '<A HREF="/page?url=http%3A%2F%2Fa.example%2Fx%2Fy">'
     assert local_links('<a href="y#part">', base) == '<a href="/page?url=http%3A%2F%2Fa.example%2Fx%2Fy#part">'
     for same in ('<a href="#part">', '<a href="javascript:x()">', '<a name="y">', "plain"): assert local_links(same, base) == same
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=30) | st.dates().map(lambda d: d.strftime("%a, %d %b %Y 10:00:00 GMT")) | st.floats().map(str) | st.integers().map(str))
+def test_retry_after_of_any_text(text):
+    try: r = httpx.Response(429, headers={"retry-after": text})
+    except UnicodeEncodeError: return
+    wait = retry_after(r)
+    assert wait is None or wait >= 0
 
 
 def test_retries_then_answers():
@@ -185,9 +204,10 @@ def test_nothing_there():
     with pytest.raises(WebseerError, match="nothing answers"): r.health()
 
 
-@pytest.mark.parametrize("bad", ["localhost:8021", "", "ftp://x", "http://", None, 8021])
+@pytest.mark.parametrize("bad", ["localhost:8021", "", "ftp://x", "http://", None, 8021, "http://[::1", "http://a:99999", "http://a b\n"])
 def test_bad_address(bad):
     with pytest.raises(WebseerError, match="base_url"): RemoteRetriever(bad)
+    with pytest.raises(WebseerError, match="base_url"): make_client(bad, is_async=True)
 
 
 def test_client_settings():
@@ -242,3 +262,348 @@ def test_asynchronous_tools_answer_as_those_in_process():
             with pytest.raises(ToolError, match="No page"): await there.call("query_on_page", dict(url="https://nowhere.example/X", question="?"))
             return await asyncio.gather(*(there.call(*c) for c in calls))
         assert asyncio.run(both()) == [here.call(*c) for c in calls]
+
+
+# ---- a service
+
+TRANSPORTS = ["aiohttp", "pools"]
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request, monkeypatch):
+    "Each test with this runs over both ways of carrying many requests."
+    if request.param == "pools": monkeypatch.setitem(sys.modules, "httpx_aiohttp", None)
+    return request.param
+
+
+class Slow:
+    "A server that answers its path after a while and keeps count."
+    def __init__(self, seconds=0.1): self.seconds, self.asked, self.times, self.now, self.most = seconds, [], [], 0, 0
+    async def __call__(self, scope, receive, send):
+        while (await receive()).get("more_body"): pass
+        self.asked.append(scope["path"]); self.times.append(time.monotonic()); self.now += 1; self.most = max(self.most, self.now)
+        try:
+            await asyncio.sleep(self.seconds)
+            if scope["path"] == "/bad": return await JSONResponse({"error": "no"}, 422)(scope, receive, send)
+            await JSONResponse({"path": scope["path"]})(scope, receive, send)
+        finally: self.now -= 1
+
+
+def run(coro, seconds=30):
+    async def bounded(): return await asyncio.wait_for(coro, seconds)
+    return asyncio.run(bounded())
+
+
+def test_identical_calls_in_flight_are_one_request(transport):
+    server = Slow()
+    async def go(url):
+        s = Service(url, concurrency=64)
+        assert await asyncio.gather(*(s.send("a", {"x": 1}) for _ in range(20))) == [{"path": "/a"}] * 20 and server.asked == ["/a"]
+        await s.send("a", {"x": 1})
+        assert len(server.asked) == 2                                        # not in flight any more: asked again
+        await asyncio.gather(*(s.send("b", {"x": i}) for i in range(5)), *(s.send("c", params={"x": i}) for i in range(5)), s.send("b"))
+        assert server.asked.count("/b") == 6 and server.asked.count("/c") == 5
+        await asyncio.gather(*(s.send("d", coalesce=False) for _ in range(5)))
+        assert server.asked.count("/d") == 5
+        ends = await asyncio.gather(*(s.send("bad") for _ in range(10)), return_exceptions=True)
+        assert server.asked.count("/bad") == 1 and all(type(e) is WebseerError and "422" in str(e) for e in ends)
+        await s.aclose()
+    with running_app(server) as url: run(go(url))
+
+
+@pytest.mark.parametrize("gone", [[0], [0, 3], [1, 2, 3]])
+def test_a_waiter_may_leave(gone):
+    server, complaints = Slow(), []
+    async def go(url):
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context["message"]))
+        s = Service(url)
+        calls = [asyncio.ensure_future(s.send("a")) for _ in range(4)]
+        await asyncio.sleep(0.03)
+        for i in gone: calls[i].cancel()
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(e, asyncio.CancelledError) if i in gone else e == {"path": "/a"} for i, e in enumerate(ends)) and server.asked == ["/a"]
+        await s.aclose()
+        gc.collect()
+    with running_app(server) as url: run(go(url))
+    assert complaints == []
+
+
+def test_when_all_waiters_leave_the_request_ends():
+    server, complaints = Slow(1), []
+    async def go(url):
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context["message"]))
+        s = Service(url, concurrency=1)
+        calls = [asyncio.ensure_future(s.send("a")) for _ in range(3)]
+        while not server.asked: await asyncio.sleep(0.01)
+        for c in calls: c.cancel()
+        await asyncio.wait(calls)
+        server.seconds = 0
+        assert await s.send("a") == {"path": "/a"}                           # the only slot is free again
+        assert server.asked == ["/a", "/a"]
+        server.seconds = 0.1                                                 # a failure that nobody waits for is not reported by asyncio
+        call = asyncio.ensure_future(s.send("bad"))
+        while "/bad" not in server.asked: await asyncio.sleep(0.01)
+        call.cancel()
+        await asyncio.wait([call])
+        await asyncio.sleep(0.2)
+        await s.aclose()
+        gc.collect()
+    with running_app(server) as url: run(go(url))
+    assert complaints == []
+
+
+def test_concurrency_is_bounded(transport):
+    server = Slow(0.01)
+    async def go(url):
+        s = Service(url, concurrency=4)
+        await asyncio.gather(*(s.send(str(i)) for i in range(60)))
+        await s.aclose()
+        async with make_client(url, is_async=True, connections=3) as c: await asyncio.gather(*(c.get(f"c{i}") for i in range(30)))
+    with running_app(server) as url:
+        run(go(url))
+        assert server.most == 4 and len(set(server.asked)) == 90
+
+
+def test_the_deadline_begins_with_the_turn_and_patience_bounds_the_wait():
+    server = Slow(0.4)
+    async def go(url):
+        s = Service(url, concurrency=1, deadline=1.5)
+        assert len(await asyncio.gather(*(s.send(str(i)) for i in range(5)))) == 5          # two seconds in all: waiting is no failure
+        await s.aclose()
+        s = Service(url, concurrency=1, patience=0.1)
+        ends = await asyncio.gather(*(s.send(f"p{i}") for i in range(4)), return_exceptions=True)
+        assert [type(e) for e in ends] == [dict] + [DeadlineExceeded] * 3 and "0.1 s for its turn" in str(ends[3])
+        assert (await s.send("after")) == {"path": "/after"}
+        assert [p for p in server.asked if p.startswith("/p")] == ["/p0"]
+        await s.aclose()
+        s = Service(url, concurrency=2, rate=0.1, patience=0.3)                             # one at once, the next after ten seconds
+        ends = await asyncio.gather(*(s.send(f"r{i}") for i in range(2)), return_exceptions=True)
+        assert [type(e) for e in ends] == [dict, DeadlineExceeded]
+        await s.aclose()
+    with running_app(server) as url: run(go(url))
+
+
+def test_the_deadline_tells_the_last_failure():
+    async def app(scope, receive, send): await JSONResponse({"error": "warming up"}, 503)(scope, receive, send)
+    with running_app(app) as url:
+        with pytest.raises(DeadlineExceeded, match="deadline of 0.25 s .the last try: .*warming up"): run(Service(url, attempts=99, deadline=0.25).send("x"))
+
+
+def test_retry_after_is_honoured(transport):
+    times = []
+    async def app(scope, receive, send):
+        times.append(time.monotonic())
+        await JSONResponse({}, 200 if len(times) > 2 else 429, {"retry-after": "0.4"})(scope, receive, send)
+    with running_app(app) as url:
+        assert run(Service(url).send("x")) == {}
+        assert len(times) == 3 and all(b - a >= 0.4 for a, b in zip(times, times[1:]))
+    async def later(scope, receive, send):
+        times.append(None)
+        await JSONResponse({}, 429, {"retry-after": "3600"})(scope, receive, send)
+    with running_app(later) as url:
+        times.clear(); t0 = time.monotonic()
+        with pytest.raises(Transient, match="429") as e: run(Service(url, deadline=25).send("x"))
+        assert e.value.after == 3600 and time.monotonic() - t0 < 20 and len(times) == 1       # no use in waiting
+
+
+def test_rate_is_shared_by_all_services_of_a_host():
+    one, two = Slow(0), Slow(0)
+    async def go(url, other):
+        services = [Service(url, rate=8), Service(url + "/", rate=8), Service(other, rate=8)]
+        a, b, c = (s._of()[2] for s in services)
+        assert a is b and a is not c
+        await asyncio.gather(*(s.send(f"{i}") for s in services for i in range(7)))
+        for s in services: await s.aclose()
+    with running_app(one) as url, running_app(two) as other: run(go(url, other))
+    assert max(one.times) - min(one.times) >= 0.6                            # 14 calls: eight at once, six an eighth of a second apart
+    assert len(two.times) == 7
+
+
+@pytest.mark.parametrize("wrong", [dict(attempts=0), dict(concurrency=0), dict(rate=0), dict(rate=-1.0), dict(deadline=0), dict(timeout=-1), dict(patience=0)])
+def test_settings_that_cannot_be(wrong):
+    with pytest.raises(WebseerError, match=f"{list(wrong)[0]} of the service at http://a.example"): Service("http://a.example", **wrong)
+
+
+def test_requests_that_cannot_be_sent(transport):
+    with running_app(answering((200, {}, {}))) as url:
+        async def go():
+            s = Service(url)
+            for data in ({"q": "half \ud800"}, {1, 2}, {"a": object()}):
+                with pytest.raises(WebseerError, match="as JSON"): await s.send("x", data)
+            for path in ("a\nb", "a\x00b", "http://[", "http://a:99999/"):
+                with pytest.raises(WebseerError): await s.send(path)
+            with pytest.raises(WebseerError): await s.send("x", params={"q": "half \ud800"})
+            assert await s.send("ü 𝄞?<>") == {}
+            await s.aclose()
+        run(go())
+
+
+# ---- both transports fail in the same words
+
+@contextlib.contextmanager
+def raw(answer, then="close"):
+    "A server below HTTP: sends these bytes to whoever asks, then closes, resets, or keeps silent."
+    sock = socket.create_server(("127.0.0.1", 0))
+    held, stop = [], threading.Event()
+    def serve():
+        while not stop.is_set():
+            try: c, _ = sock.accept()
+            except OSError: return
+            with contextlib.suppress(OSError):
+                c.settimeout(5)
+                data = b""
+                while b"\r\n\r\n" not in data and (piece := c.recv(65536)): data += piece
+                c.sendall(answer)
+                if then == "hold": held.append(c); continue
+                if then == "reset": c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                c.close()
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try: yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        stop.set()
+        with contextlib.suppress(OSError): sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+        for c in held: c.close()
+
+def http(body, declared=None, head="HTTP/1.1 200 OK", more=""):
+    return f"{head}\r\ncontent-type: application/json\r\ncontent-length: {len(body) if declared is None else declared}\r\n{more}\r\n".encode() + body
+
+FAILURES = {  # name: (what is sent, what follows, a word of the message)
+    "closed at once": (b"", "close", "connection broke"),
+    "reset at once": (b"", "reset", "connection broke"),
+    "not http": (b"\x00\x01garbage\xff\r\n\r\n", "close", "connection broke"),
+    "not http, with the address": (b"GET ?key=s3cret HTTP/1.1 nonsense\r\n\r\n", "close", "connection broke"),
+    "half a head": (b"HTTP/1.1 200 OK\r\ncontent-le", "close", "connection broke"),
+    "bad length": (b"HTTP/1.1 200 OK\r\ncontent-length: many\r\n\r\n{}", "close", "connection broke"),
+    "half a body": (http(b'{"a": ', declared=100), "close", "connection broke"),
+    "reset in the body": (http(b'{"a": ', declared=100), "reset", "connection broke"),
+    "half a chunk": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{", "close", "connection broke"),
+    "bad chunk": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}", "close", "connection broke"),
+    "silence": (b"", "hold", "no answer in time"),
+    "silence in the head": (b"HTTP/1.1 200 OK\r\n", "hold", "no answer in time"),
+    "silence in the body": (http(b'{"a": ', declared=100), "hold", "no answer in time"),
+    "not JSON": (http(b"\xff\xfe<html>"), "close", "not JSON"),
+    "half of gzip": (http(gzip.compress(b"{}" * 500)[:20], more="content-encoding: gzip\r\n"), "close", "not JSON"),
+    "no gzip": (http(b"{}plain text", more="content-encoding: gzip\r\n"), "close", "decompressed"),
+    "status 500": (http(b"{}", head="HTTP/1.1 500 Oh"), "close", "500"),
+}
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failures_have_the_same_names(transport, failure):
+    answer, then, word = FAILURES[failure]
+    async def go(url):
+        s = Service(url, attempts=1, timeout=0.4, deadline=5, headers={"authorization": "Bearer s3cret"})
+        with pytest.raises(Transient, match=word) as e: await s.send("path", {"q": 1}, params={"key": "s3cret"})
+        assert "s3cret" not in str(e.value) and "/path: " in str(e.value) and "\n" not in str(e.value)
+        await s.aclose()
+    with raw(answer, then) as url: run(go(url))
+
+
+def test_nothing_listens(transport):
+    with listen("127.0.0.1", 0) as s: port = s.getsockname()[1]
+    with pytest.raises(Transient, match="nothing answers"): run(Service(f"http://127.0.0.1:{port}", attempts=1).send("x"))
+    with pytest.raises(Transient, match="nothing answers"): run(Service("http://no.such.host.invalid", attempts=1, timeout=5).send("x"))
+
+
+def test_secrets_are_not_shown():
+    for headers in ({"authorization": "Bearer s3cret\n"}, {"x-api-key": "s3crét"}):
+        for make in (lambda: make_client("http://a.example", headers=headers), lambda: Service("http://a.example", headers=headers)):
+            with pytest.raises(WebseerError, match=f"the header {list(headers)[0]}") as e: make()
+            assert "s3cr" not in str(e.value)
+    with pytest.raises(WebseerError, match="a.example has a user name") as e: check_address("http://me:s3cret@a.example")
+    assert "s3cret" not in str(e.value)
+
+
+class Says:
+    "A server that answers what the test wants."
+    def __init__(self): self.status, self.headers, self.body = 200, {}, b""
+    async def __call__(self, scope, receive, send): await Response(self.body, self.status, self.headers)(scope, receive, send)
+
+@pytest.fixture(scope="module")
+def says():
+    server = Says()
+    with running_app(server) as url:
+        remote = RemoteRetriever(url, attempts=1, timeout=5)
+        yield server, remote
+        remote.close()
+
+answers = st.recursive(st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3)
+                       | st.dictionaries(st.sampled_from(["hits", "title", "url", "content", "score", "html", "subject", "lines", "error"]), x, max_size=5), max_leaves=10)
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([200, 200, 200, 204, 301, 404, 429, 500]), st.sampled_from(["application/json", "text/html; charset=nonsense", ""]),
+       answers | st.binary(max_size=60), st.sampled_from(["", "gzip", "deflate"]))
+def test_any_answer_is_read_or_told(says, status, kind, body, encoding):
+    import orjson
+    server, remote = says
+    server.status, server.body = status, body if isinstance(body, bytes) else orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
+    server.headers = {"content-type": kind} | ({"content-encoding": encoding} if encoding else {})
+    for call in (lambda: remote.search("x"), lambda: remote.fetch("u"), lambda: remote.subject("u")):
+        try: result = call()
+        except WebseerError as e: assert str(e)
+        else:
+            if isinstance(result, list): assert all(isinstance(h, Hit) and isinstance(h.url, str) for h in result)
+            elif isinstance(result, Page): assert all(isinstance(x, str) for x in (result.url, result.title, result.text, result.html))
+
+
+# ---- connections
+
+def test_less_work_per_request_than_plain_httpx(transport):
+    def work(client, n=100):
+        async def go():
+            async with client:
+                room = asyncio.Semaphore(64)
+                async def one(i):
+                    async with room: assert (await client.post("search", json={"query": "x"})).status_code == 200
+                await asyncio.gather(*(one(i) for i in range(64)))
+                t0 = time.thread_time()                                      # this thread alone: the server runs in another
+                await asyncio.gather(*(one(i) for i in range(n)))
+                return time.thread_time() - t0
+        return asyncio.run(go())
+    with running_server(Few()) as url:
+        plain = httpx.AsyncClient(base_url=url, trust_env=False, timeout=httpx.Timeout(30, pool=None), limits=httpx.Limits(max_connections=64, max_keepalive_connections=64))
+        assert work(make_client(url, 30, is_async=True, connections=64)) < 0.7 * work(plain)
+
+
+def test_loops_come_and_go_without_keeping_connections(transport):
+    count = lambda: len(os.listdir("/proc/self/fd"))
+    if not os.path.isdir("/proc/self/fd"): pytest.skip("no /proc")
+    async def many(r): await asyncio.gather(*(r.asearch(f"x{i}") for i in range(8)))
+    with running_server(Few()) as url:
+        r = RemoteRetriever(url)
+        asyncio.run(many(r)); gc.collect()
+        before = count()
+        for _ in range(10): asyncio.run(many(r))
+        gc.collect()
+        assert count() - before < 40                                         # eighty connections of each side were opened
+        r.close()
+
+
+@pytest.mark.parametrize("how", ["r = RemoteRetriever(url); r.search('x')", "RemoteRetriever(url).search('x'); gc.collect()",
+                                 "asyncio.run(RemoteRetriever(url).asearch('x'))", "r = RemoteRetriever(url); [asyncio.run(r.asearch('x')) for _ in range(3)]"])
+def test_nothing_is_said_about_clients_left_open(few, how):
+    code = f"import asyncio, gc, logging\nlogging.basicConfig()\nfrom webseer.remote import RemoteRetriever\nurl = {few!r}\n{how}\nprint('end')"
+    p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (p.stdout, p.stderr) == ("end\n", "")
+
+
+def test_a_proxy_of_the_environment_is_used(transport, monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "https_proxy", "all_proxy", "no_proxy"): monkeypatch.delenv(name, raising=False)
+    with running_app(answering((200, {}, {"through": "the proxy"}))) as proxy:
+        monkeypatch.setenv("http_proxy", proxy)
+        assert run(Service("http://some.host.invalid", attempts=1).send("x")) == {"through": "the proxy"}
+        with running_app(answering((200, {}, {"through": "nothing"}))) as url: assert run(Service(url).send("x")) == {"through": "nothing"}
+
+
+def test_a_client_that_leaves_is_no_error(few, caplog):
+    host, port = few.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as s: s.sendall(b"POST /search HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+    time.sleep(0.2)
+    assert RemoteRetriever(few).search("x") == Few().search("x")
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def test_a_deadline_of_the_retriever_is_a_504():
+    class Late:
+        def search(self, query, k): raise DeadlineExceeded("the engine was too slow")
+    with running_server(Late()) as url: assert httpx.post(url + "/search", json={"query": "x"}).status_code == 504

@@ -11,7 +11,7 @@ import asyncio, json, re
 from dataclasses import dataclass
 from typing import Protocol
 from .core import WebseerError
-from .tools import TOOLS, ToolError
+from .tools import TOOLS, ToolError, ToolFailed
 from .retrieval import is_check
 from .traj import Traj
 from .rewards import feedback_text, score_answer, solved
@@ -161,7 +161,9 @@ async def rollout(
 ):                    # Traj
     "Let a policy work on a question until a stop reason holds."
     t = Traj(question.text, list(question.golds), question.qid, question.hops, question.world, first_messages(question.text), seed=seed,
-             meta={**(meta or {}), 'path': [list(p) for p in question.path]})
+             meta={**(meta or {}), 'path': [list(p) for p in getattr(question, 'path', ())]})
+    if session := getattr(tools, 'session', None): tools = session(question)      # what this rollout has found is its own
+    if describe := getattr(tools, 'describe', None): t.meta['tools'] = describe()
     policy.start(t)
     try:
         for _ in range(budget.max_turns):
@@ -206,6 +208,7 @@ async def _call(t, tools, name, args):
         out = tools.call(name, args)
         if asyncio.iscoroutine(out): out = await out
         t.calls.append('check' if check else name)
+    except ToolFailed as e: t.calls.append('failed'); out = str(e)
     except ToolError as e: t.calls.append('malformed'); out = str(e)
     except getattr(getattr(tools, 'retriever', None), 'passing', ()) as e: t.stop, t.meta['error'], out = 'error', str(e), ''
     return out
