@@ -82,6 +82,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'webseer.backends._replay': ('backends.html#_replay', 'webseer/backends.py'),
                                   'webseer.backends._simulated': ('backends.html#_simulated', 'webseer/backends.py'),
                                   'webseer.backends._web': ('backends.html#_web', 'webseer/backends.py'),
+                                  'webseer.backends.backend_of': ('backends.html#backend_of', 'webseer/backends.py'),
                                   'webseer.backends.open_backend': ('backends.html#open_backend', 'webseer/backends.py')},
             'webseer.cli': { 'webseer.cli._Group': ('cli.html#_group', 'webseer/cli.py'),
                              'webseer.cli._Group.invoke': ('cli.html#_group.invoke', 'webseer/cli.py'),

@@ -88,7 +88,7 @@ def serve(
     profile: _Profile = "laptop",
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
     backend: Annotated[Optional[str], typer.Option("--backend", "-b", help="miniweb:SEED, local:FOLDER, serper, google, searxng:URL, "
-        "simulated:URL#MODEL, replay:FILE, or the address of a webseer server. Default: the world.", show_default=False)] = None,
+        "simulated:URL#MODEL, replay:FILE, or the address of a webseer server. Default: the profile's.", show_default=False)] = None,
     record: Annotated[Optional[Path], typer.Option("--record", help="A store that keeps every answer.", show_default=False)] = None,
     whole_pages: Annotated[Optional[bool], typer.Option("--whole-pages/--extracts", help="What requests of Search-R1, ReSearch and "
         "R1-Searcher get. Default: whole pages of a local corpus, else extracts.", show_default=False)] = None,
@@ -102,8 +102,9 @@ def serve(
     from webseer.gateway import make_gateway, serve_stdio
     from webseer.remote import serve as run
     from webseer.world import WorldConfig
-    what = f"world {world}, profile {p.name}" if backend is None else backend
-    web = open_backend(f"miniweb:{world}" if backend is None else backend, record=record, config=WorldConfig.of(p))
+    backend = backend or p.backend
+    what = f"world {world}, profile {p.name}" if backend == "miniweb" else backend
+    web = open_backend(f"miniweb:{world}" if backend == "miniweb" else backend, pages=p.page_reader, stack=p.stack, record=record, config=WorldConfig.of(p))
     if mcp == "stdio": return serve_stdio(web)
     whole = str(backend).startswith("local:") if whole_pages is None else whole_pages
     run(web, host, port, tell=lambda line: typer.echo(f"{what}: {line}"), app=lambda r: make_gateway(r, pages=whole, mcp=mcp == "http", host=host))

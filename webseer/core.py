@@ -114,6 +114,9 @@ class Profile:
     test_questions: int = _in("eval")
     eval_budgets: tuple[int, ...] = _in("eval")
     passk: int = _in("eval")
+    backend: str = _in("web")
+    page_reader: str = _in("web")
+    stack: str = _in("web")
     seeds: tuple[int, ...] = _in("run")
 
     def fingerprint(self) -> str:
@@ -128,7 +131,7 @@ class Profile:
 # %% ../nbs/00_core.ipynb #13b6e8d4
 _truth = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _choices = {"rl_advantage": ("loo", "std"), "aggregation": ("token", "sequence"), "reward": ("paper", "released", "single"),
-            "reward_score": ("em", "f1", "recall", "cover_em"), "kinds": ("chain", "same", "compare")}
+            "reward_score": ("em", "f1", "recall", "cover_em"), "kinds": ("chain", "same", "compare"), "page_reader": ("webpages", "jina")}
 _at_least = {"k": 1, "n_entities": 2, "n_worlds": 1, "per_world": 1, "test_worlds": 1, "test_questions": 1, "max_calls": 1, "max_submissions": 1,
              "rl_group": 2, "rl_questions": 1, "rl_minibatches": 1, "rl_temperature": 0.01, "sft_tokens": 1, "sft_warmup": 1, "n_heads": 1,
              "n_kv_heads": 1, "checkpoint_every": 1, "passk": 1}
@@ -186,7 +189,7 @@ def load_profile(
             if key in _choices and v not in _choices[key]:
                 raise WebseerError(f"setting {key} of profile {name!r} is {v!r}: {nearest(v, _choices[key])}")
         if many and not out[key]: raise WebseerError(f"setting {key} of profile {name!r} is empty: give at least one value")
-        if out[key] == out[key] and not many and out[key] < _at_least.get(key, out[key]):
+        if key in _at_least and out[key] < _at_least[key]:
             raise WebseerError(f"setting {key} of profile {name!r} is {out[key]}: it must be at least {_at_least[key]}")
     for part, whole in (("n_heads", "d_model"), ("n_kv_heads", "n_heads")):
         if out[whole] % out[part]: raise WebseerError(f"setting {part} of profile {name!r} is {out[part]}, which does not divide {whole} = {out[whole]}")
