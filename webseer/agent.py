@@ -163,7 +163,7 @@ async def rollout(
     t = Traj(question.text, list(question.golds), question.qid, question.hops, question.world, first_messages(question.text), seed=seed,
              meta={**(meta or {}), 'path': [list(p) for p in getattr(question, 'path', ())]})
     if session := getattr(tools, 'session', None): tools = session(question)      # what this rollout has found is its own
-    if describe := getattr(tools, 'describe', None): t.meta['tools'] = describe()
+    if describe := getattr(tools, 'describe', None): t.meta['tools'] = json.loads(json.dumps(describe()))     # plain JSON, as it comes back from a file
     policy.start(t)
     try:
         for _ in range(budget.max_turns):
