@@ -117,6 +117,8 @@ class Profile:
     backend: str = _in("web")
     page_reader: str = _in("web")
     stack: str = _in("web")
+    reader: str = _in("web")
+    any_url: bool = _in("web")
     seeds: tuple[int, ...] = _in("run")
 
     def fingerprint(self) -> str:
@@ -131,7 +133,7 @@ class Profile:
 # %% ../nbs/00_core.ipynb #13b6e8d4
 _truth = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _choices = {"rl_advantage": ("loo", "std"), "aggregation": ("token", "sequence"), "reward": ("paper", "released", "single"),
-            "reward_score": ("em", "f1", "recall", "cover_em"), "kinds": ("chain", "same", "compare"), "page_reader": ("webpages", "jina")}
+            "reward_score": ("em", "f1", "recall", "cover_em"), "kinds": ("chain", "same", "compare"), "page_reader": ("webpages", "jina"), "reader": ("extract", "raw", "llm")}
 _at_least = {"k": 1, "n_entities": 2, "n_worlds": 1, "per_world": 1, "test_worlds": 1, "test_questions": 1, "max_calls": 1, "max_submissions": 1,
              "rl_group": 2, "rl_questions": 1, "rl_minibatches": 1, "rl_temperature": 0.01, "sft_tokens": 1, "sft_warmup": 1, "n_heads": 1,
              "n_kv_heads": 1, "checkpoint_every": 1, "passk": 1}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOOLS', 'ARGUMENTS', 'NOTHING', 'WEB_TOOLS', 'render_hits', 'ToolError', 'Tools', 'AsyncTools', 'ToolFailed',
-           'WebTools']
+           'WebTools', 'web_tools']
 
 # %% ../nbs/03_tools.ipynb #9178019b
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from .retrieval import PageNotFound, main_text, read_lines
 from .reading import READERS, LLMReader, plain
 from .store import BudgetSpent, NotRecorded
 from .live import call as ask_backend, identity
+from .backends import backend_of
 
 # %% ../nbs/03_tools.ipynb #82d7752d
 def _tool(name, description, **args):
@@ -157,3 +158,12 @@ class WebTools(Tools):
         "Read one page for a question; raises ToolError for an address that no search returned, ToolFailed if it cannot be read."
         if url not in self.seen and not self.any_url: raise ToolError('Only addresses that a search returned can be read. Search first.')
         return plain(await self.reader.read(await self._ask('fetch', url), question))
+
+# %% ../nbs/03_tools.ipynb #08ecbb58
+def web_tools(
+    profile,    # run profile: `backend`, `k`, `reader`, `any_url`, …
+    chat=None,  # for the reader llm
+    **options,  # of `open_backend`, such as record='answers.db'
+):              # WebTools
+    "The tools over the backend that a profile names."
+    return WebTools(backend_of(profile, **options), profile.k, profile.reader, chat, profile.any_url)
