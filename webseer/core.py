@@ -119,6 +119,19 @@ class Profile:
     stack: str = _in("web")
     reader: str = _in("web")
     any_url: bool = _in("web")
+    serve_model: str = _in("serve")
+    serve_name: str = _in("serve")
+    serve_context: int = _in("serve")
+    serve_yarn: float = _in("serve")
+    serve_yarn_from: int = _in("serve")
+    serve_rope_theta: float = _in("serve")
+    serve_tool_parser: str = _in("serve")
+    serve_reasoning_parser: str = _in("serve")
+    serve_tp: int = _in("serve")
+    serve_dp: int = _in("serve")
+    serve_memory: float = _in("serve")
+    serve_dtype: str = _in("serve")
+    serve_args: str = _in("serve")
     seeds: tuple[int, ...] = _in("run")
 
     def fingerprint(self) -> str:
@@ -126,16 +139,16 @@ class Profile:
         return fingerprint(self.part())
 
     def part(self, *groups: str) -> dict:
-        "The fields of some groups (default: of all but `run`), as the runner's stamps store them."
+        "The fields of some groups (default: of all but `run` and `serve`), as the runner's stamps store them."
         return {f.name: getattr(self, f.name) for f in fields(self)
-                if (g := f.metadata.get("group")) and (g in groups if groups else g != "run")}
+                if (g := f.metadata.get("group")) and (g in groups if groups else g not in ("run", "serve"))}
 
 # %% ../nbs/00_core.ipynb #13b6e8d4
 _truth = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _choices = {"rl_advantage": ("loo", "std"), "aggregation": ("token", "sequence"), "reward": ("paper", "released", "single"),
             "reward_score": ("em", "f1", "recall", "cover_em"), "kinds": ("chain", "same", "compare"), "page_reader": ("webpages", "jina"), "reader": ("extract", "raw", "llm")}
 _at_least = {"k": 1, "n_entities": 2, "n_worlds": 1, "per_world": 1, "test_worlds": 1, "test_questions": 1, "max_calls": 1, "max_submissions": 1,
-             "rl_group": 2, "rl_questions": 1, "rl_minibatches": 1, "rl_temperature": 0.01, "sft_tokens": 1, "sft_warmup": 1, "n_heads": 1,
+             "rl_group": 2, "serve_context": 0, "serve_yarn": 1, "serve_tp": 1, "serve_dp": 1, "rl_questions": 1, "rl_minibatches": 1, "rl_temperature": 0.01, "sft_tokens": 1, "sft_warmup": 1, "n_heads": 1,
              "n_kv_heads": 1, "checkpoint_every": 1, "passk": 1}
 
 def _cast(

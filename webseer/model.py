@@ -15,7 +15,7 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from .core import WebseerError, write_json
 from .world import ASK, LEXICON, NEAR, RELATIONS, SITES, YEARS
 from .tools import NOTHING
-from .agent import ASSISTANT, SYSTEM, Reply, call_text, render, render_message
+from .agent import ASSISTANT, SYSTEM, TOOLS_HEAD, TOOLS_TAIL, Reply, call_text, render, render_message
 
 # %% ../nbs/07_model.ipynb #4b3371ce
 THOUGHTS = dict(propose='I think the answer is {}. Let me verify it.\n',
@@ -278,9 +278,11 @@ def init_weights(
     return model
 
 # %% ../nbs/07_model.ipynb #7cfccb75
+_TOOLS = ('{%- if tools and loop.first %}{{ ' + json.dumps(TOOLS_HEAD) + ' }}{%- for t in tools %}{{ ("" if loop.first else "\n") + (t | tojson) }}'
+          '{%- endfor %}{{ ' + json.dumps(TOOLS_TAIL) + ' }}{%- endif %}')
 CHAT_TEMPLATE = ('{%- for m in messages %}{%- set nl = "" if loop.first else "\n" %}{%- if m.role == "tool" %}'
                  '{{ nl + "<|im_start|>user\n<tool_response>\n" + m.content + "\n</tool_response><|im_end|>" }}'
-                 '{%- else %}{{ nl + "<|im_start|>" + m.role + "\n" + (m.content or "") }}'
+                 '{%- else %}{{ nl + "<|im_start|>" + m.role + "\n" + (m.content or "") }}' + _TOOLS +
                  '{%- for c in m.tool_calls or [] %}{%- set a = c.function.arguments %}'
                  '{{ "<tool_call>\n{\\"name\\": \\"" + c.function.name + "\\", \\"arguments\\": " + (a if a is string else a | tojson)'
                  ' + "}\n</tool_call>" }}{%- endfor %}{{ "<|im_end|>" }}{%- endif %}{%- endfor %}'

@@ -15,7 +15,7 @@ from .world import World, WorldConfig, RELATIONS, ASK, query_text
 from .retrieval import MiniWeb, ask_fair, supporting_pages
 from .tools import Tools
 from .traj import Traj, save_trajs
-from .agent import Budget, Reply, ScriptedPolicy, call_text, first_messages, parse_reply, rollout, run_sync, _take_turn
+from .agent import Budget, Reply, ScriptedPolicy, call_text, first_messages, parse_reply, rollout, run_sync, take_turn
 from .model import THOUGHTS
 
 # %% ../nbs/08_reflect.ipynb #4fb85dd1
@@ -307,27 +307,34 @@ async def reflect(
     reasoner.start(t)
     try:
         while True:
-            reply = await reasoner.act(t); thought, calls, error = parse_reply(reply.content)
-            if error or calls[0][0] != 'submit_answer':
-                await _take_turn(t, Reply(prefix + reply.content), tools, budget); prefix = ''
+            reply = await reasoner.act(t); said = parse_reply(reply.content)
+            if said.error or said.calls[0][0] != 'submit_answer':
+                _splice(t, prefix)
+                await take_turn(t, Reply(prefix + reply.content), tools, budget); prefix = ''
                 if t.stop: rec['why'] = t.stop; return None, rec
                 continue
-            answer = calls[0][1]['answer']; right = answer in q.golds
+            answer = said.calls[0][1]['answer']; right = answer in q.golds
             if rec['rounds'] >= max_rounds or rng.random() >= p_reflect or answer == GIVE_UP: break
             work = await _verdict(q, tools, verifier, t, answer, right, retries, rec)
             if work is None: rec['why'] = 'no valid verdict'; return None, rec
             rec['rounds'] += 1; verdict = work.submissions[0]['answer'] == 'correct'
-            turns = work.messages[2:-1]
-            turns[0] = {**turns[0], 'content': prefix + THOUGHTS['propose'].format(answer) + turns[0]['content']}
+            turns, bridge = work.messages[2:-1], prefix + THOUGHTS['propose'].format(answer)
+            _splice(t, bridge)
+            turns[0] = {**turns[0], 'content': bridge + turns[0]['content']}
             t.messages += turns
             t.calls += work.calls[:-1]
             prefix = THOUGHTS['right' if verdict else 'wrong']
             if verdict: break
     finally: reasoner.end(t)
-    await _take_turn(t, Reply(prefix + call_text('submit_answer', answer=answer)), tools, Budget(max_calls=10 ** 6))
+    _splice(t, prefix)
+    await take_turn(t, Reply(prefix + call_text('submit_answer', answer=answer)), tools, Budget(max_calls=10 ** 6))
     for k in ('hops', 'bad'): t.meta.pop(k, None)
     rec['kept'] = right; rec['why'] = 'kept' if right else 'wrong answer'
     return (t if right else None), rec
+
+def _splice(t, words):
+    "Note that the next message begins with words that neither agent said."
+    if words: t.spliced.append([len(t.messages), 0, len(words)])
 
 async def _verdict(q, tools, verifier, t, answer, right, retries, rec):
     "Sample the verifier until its verdict is valid; it must have used a tool."
