@@ -14,6 +14,7 @@ from .retrieval import MiniWeb, ask_fair
 from .tools import Tools
 from .agent import Budget, rollout, rollouts, run_sync
 from .reflect import LADDER, ladder_policy
+from .trace import UNKNOWN
 
 # %% ../nbs/11_evaluate.ipynb #7ca070c0
 STAGES = ('untrained', 'sft', 'single', 'srrl')
@@ -209,7 +210,7 @@ def ask(
     from webseer.world import Question
     web, own, qs = test_world(profile, world)
     q = qs[min(1, len(qs) - 1)] if question is None else next(
-        (q for q in qs if q.text == question), Question('asked', question, ('(not known)',), 0, 'asked', (), web.world.seed))
+        (q for q in qs if q.text == question), Question('asked', question, (UNKNOWN,), 0, 'asked', (), web.world.seed))
     if policy is None:
         from webseer.model import ModelPolicy, load_checkpoint
         policy = ModelPolicy(*load_checkpoint(checkpoint_of(profile, seed, stage))[:2])

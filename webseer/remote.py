@@ -295,10 +295,13 @@ class Service:
         concurrency: int = 16,  # calls in flight
         rate: float | None = None,  # calls started per second at this host by this event loop (None: no limit)
         patience: float = 600.0,  # seconds a call may wait for its turn
+        max_bytes: int = 64 * 2**20,  # of one answer, unpacked; a longer one is an error
     ):
-        self.base_url, self.deadline, self.attempts, self.patience = base_url, deadline, attempts, patience
+        self.base_url, self.deadline, self.attempts, self.patience, self.max_bytes = base_url, deadline, attempts, patience, max_bytes
+        self.retries = 0  # tries after the first, of all calls together
         check_address(base_url, headers)
-        settings = dict(timeout=timeout, deadline=deadline, attempts=attempts, concurrency=concurrency, rate=1 if rate is None else rate, patience=patience)
+        settings = dict(timeout=timeout, deadline=deadline, attempts=attempts, concurrency=concurrency, rate=1 if rate is None else rate,
+                        patience=patience, max_bytes=max_bytes)
         for name, value in settings.items():
             if not isinstance(value, (int, float)) or not value > 0:
                 raise WebseerError(f"{name} of the service at {base_url} is {value!r}: it must be a number above 0")
@@ -314,23 +317,24 @@ class Service:
         params: dict | None = None,  # sent as the query string
         read=None,  # called with every answer, whatever its status, inside the retry loop; may raise `Transient`
         coalesce: bool = True,  # whether identical calls in flight share one answer (then nobody may change it)
+        follow=None,  # awaited as follow(response, pieces) instead of `read` for each try that is answered with a stream of events
     ):  # what `read` returns, else the decoded JSON of a success
         "One call; raises `Transient`, `DeadlineExceeded` or another `WebseerError`, never anything else."
         try: body = None if data is None else orjson.dumps(data)
         except TypeError as e: raise WebseerError(f"{self.what(path)}: the request cannot be written as JSON: {e}") from None
-        if not coalesce: return await self._call(path, body, params, read)
+        if follow or not coalesce: return await self._call(path, body, params, read, follow)
         flying = self._of()[3]
         key = path, body, repr(sorted((params or {}).items())), read
         if (flight := flying.get(key)) is None: flight = flying[key] = _Flight(self._call(path, body, params, read), lambda: flying.pop(key))
         return await flight.join()
 
-    async def _call(self, path, body, params, read):
+    async def _call(self, path, body, params, read, follow=None):
         client, free, limiter, _ = self._of()
         await self._turn(free, limiter, path)
         failed = None
         try:
             async with asyncio.timeout(self.deadline) as clock:
-                try: return await self._once(client, path, body, params, read)
+                try: return await self._once(client, path, body, params, read, follow)
                 except Transient as e: failed = first = e
                 left = clock.when() - asyncio.get_running_loop().time()
                 async for attempt in stamina.retry_context(**retry_kwargs(self.attempts, left)):
@@ -339,7 +343,8 @@ class Service:
                             again, first = first, None
                             raise again
                         if limiter: await limiter.acquire()
-                        try: return await self._once(client, path, body, params, read)
+                        self.retries += 1
+                        try: return await self._once(client, path, body, params, read, follow)
                         except Transient as e:
                             failed = e
                             raise
@@ -362,17 +367,30 @@ class Service:
             raise DeadlineExceeded(f"{self.what(path)}: waited {self.patience:g} s for its turn behind other calls: start fewer at once, "
                                    "or raise concurrency or rate") from None
 
-    async def _once(self, client, path, body, params, read):
+    async def _once(self, client, path, body, params, read, follow):
         what = self.what(path)
-        try:
-            if body is None: r = await client.get(path, params=params)
-            else: r = await client.post(path, params=params, content=body, headers=_JSON)
+        method, headers = ("GET", None) if body is None else ("POST", _JSON)
+        try: r = await client.send(client.build_request(method, path, params=params, content=body, headers=headers), stream=True)
         except httpx.HTTPError as e: raise transport_error(e, what) from e
         except (httpx.InvalidURL, ValueError): raise WebseerError(f"{what}: this is no address that can be asked for") from None
+        try:
+            pieces = self._pieces(r, what)
+            if follow and r.is_success and r.headers.get("content-type", "").startswith("text/event-stream"): return await follow(r, pieces)
+            r._content = b"".join([p async for p in pieces])       # what httpx's own aread does, but with a limit
+        except httpx.HTTPError as e: raise transport_error(e, what) from e
+        finally: await r.aclose()
         if read: return read(r)
         if not r.is_success: raise status_error(r, what)
         try: return orjson.loads(r.content)
         except ValueError: raise Transient(f"{what}: the answer is not JSON ({_text(r)[:60]!r})") from None
+
+    async def _pieces(self, r, what):
+        "The body of an answer as it comes, unpacked."
+        size = 0
+        async for piece in r.aiter_bytes():
+            if (size := size + len(piece)) > self.max_bytes:
+                raise WebseerError(f"{what}: the answer is longer than {self.max_bytes:,} bytes and was given up; is this the right address?")
+            yield piece
 
     async def aclose(self):
         "Close the connections of this event loop."

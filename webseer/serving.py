@@ -21,9 +21,11 @@ def _config(model):
     except ValueError: raise WebseerError(f"{path} is damaged: write the checkpoint again") from None
 
 def _yarn(profile, config):
+    "What the model's configuration becomes: its rotary settings, and the length that vLLM then accepts."
     theta = (config.get("rope_parameters") or config).get("rope_theta", profile.serve_rope_theta)
-    return {"rope_parameters": {"rope_type": "yarn", "factor": profile.serve_yarn, "rope_theta": theta,
-                                "original_max_position_embeddings": config.get("max_position_embeddings", profile.serve_yarn_from)}}
+    short = config.get("max_position_embeddings", profile.serve_yarn_from)
+    return {"max_position_embeddings": int(short * profile.serve_yarn),
+            "rope_parameters": {"rope_type": "yarn", "factor": profile.serve_yarn, "rope_theta": theta, "original_max_position_embeddings": short}}
 
 def serve_command(
     profile,  # run profile; its `serve_` keys count
