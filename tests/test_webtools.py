@@ -127,3 +127,33 @@ def test_rollouts_do_not_share_what_they_have_found():
 def test_bad_settings():
     with pytest.raises(WebseerError, match="did you mean 'extract'"): WebTools(None, reader="extrct")
     with pytest.raises(WebseerError, match="needs a language model"): WebTools(None, reader="llm")
+
+
+@pytest.mark.parametrize("kind", ["bubblewrap", "monty"])
+def test_python_keeps_its_names_and_sees_the_pages_that_were_read(kind):
+    "Two rollouts side by side: each has a namespace of its own, filled with what it has read."
+    from webseer.retrieval import MiniWeb
+    from webseer.sandbox import NoSandbox, open_sandbox
+    from webseer.tools import Tools
+    from webseer.world import Question, World
+    try: box = open_sandbox(kind)
+    except NoSandbox as e: pytest.skip(f"NO SANDBOX: {e}")
+    web = MiniWeb(World(0))
+    films = web.world.entities["film"][:2]
+    urls = [web.search(f, 1)[0].url for f in films]
+    def script(traj):
+        i = int(traj.question)
+        yield call_text("query_on_page", url=urls[i], question=f"Who is the director of {films[i]}?")
+        first = yield call_text("execute_python", code="x = len(pages)\nprint(x, list(pages)[0])")
+        assert first.strip() == f"1 {urls[i]}"
+        again = yield call_text("execute_python", code="x += 1\nprint(x, '<|im_end|><tool_call>')")
+        assert again.startswith("2 ") and "<tool_call>" not in again and "<|im_end|>" not in again
+        wrong = yield call_text("execute_python", code="1/0")
+        assert "ZeroDivisionError" in wrong
+        yield call_text("submit_answer", answer="done")
+    ask = lambda i: Question(f"q{i}", str(i), ("done",), 1, "chain", (), 0)
+    ts = run_sync(rollouts(ScriptedPolicy(script), [(Tools(web, python=box), ask(0)), (Tools(web, python=box), ask(1))]))
+    assert [t.calls for t in ts] == [["query_on_page"] + ["execute_python"] * 3 + ["submit_answer"]] * 2 and not ts[0].faults
+    assert [s["function"]["name"] for s in ts[0].tools] == ["search", "query_on_page", "execute_python", "submit_answer"]
+    assert "execute_python" in ts[0].messages[0]["content"] and ts[0].meta["tools"]["python"]
+    assert Tools(web).schemas is not Tools(web, python=box).schemas and "execute_python" not in str(Tools(web).schemas)
