@@ -297,7 +297,7 @@ def test_an_attempt_is_contained_and_the_session_goes_on(kind, name, records):
     ("catastrophic regular expression", "seconds cpu"), ("slow in C", "seconds cpu"), ("evil hashes", "seconds cpu"), ("sleep", "seconds"),
     ("memory by a list", "memory"), ("memory by a bytearray", "memory"), ("memory by doubling", "memory"), ("memory by mmap", "error memory"),
     ("caught MemoryError", "seconds cpu"), ("scratch filled", "error"), ("millions of empty files", "files"), ("fork bomb", "error"), ("thread bomb", "error"),
-    ("endless print", "seconds cpu"), ("os._exit", "ended"), ("abort", "ended"), ("segmentation fault", "ended"), ("recursion without a limit", "ended memory seconds cpu"),
+    ("endless print", "seconds cpu"), ("os._exit", "ended"), ("abort", "ended"), ("segmentation fault", "ended"), ("recursion without a limit", "ended memory seconds cpu error"),
     ("pipe closed", "ended"), ("forged size", "ended"), ("pipe flooded", "output ended"), ("exec the interpreter anew", "seconds cpu ended"),
     ("sys.exit", "error"), ("recursion", "error"), ("huge error", "error")])
 def test_the_limit_that_was_hit_is_named(name, whys, records):

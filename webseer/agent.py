@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 from .core import WebseerError
 from .tools import TOOLS, ToolError, ToolFailed
+from .reading import plain
 from .retrieval import is_check
 from .traj import Traj
 from .rewards import feedback_text, score_answer, solved
@@ -37,8 +38,9 @@ def call_text(
     /,
     **args,  # its arguments, in this order
 ):           # JSON between `<tool_call>` tags
-    "A tool call in Hermes style."
-    return f'<tool_call>\n{json.dumps(dict(name=name, arguments=args), ensure_ascii=False)}\n</tool_call>'
+    "A tool call in Hermes style; a closing tag inside an argument is written with an escaped slash, so that it closes nothing."
+    text = json.dumps(dict(name=name, arguments=args), ensure_ascii=False).replace('</tool_call>', '<\\/tool_call>')
+    return f'<tool_call>\n{text}\n</tool_call>'
 
 def render_message(
     m,            # chat message: role, content and, from an assistant, tool_calls
@@ -70,23 +72,39 @@ def first_messages(
 
 # %% ../nbs/06_agent.ipynb #c9ad1178
 FAULTS = dict(no_call='no tool was called', empty_reply='the reply was empty', unclosed='a call was begun and not ended',
-              bad_json='a call is not valid JSON', no_name='a call has no name', bad_arguments='the arguments are no object',
+              bad_json='a call is not valid JSON', no_name='a call has no name', bad_arguments='the arguments are no object, or nested too deeply',
               double_encoded='the arguments were JSON text inside JSON (accepted)', several_calls='several calls in one reply (accepted)',
+              text_behind='words behind a call (kept with those before it)',
               unknown_tool='the tool does not exist', wrong_arguments='an argument is missing or has the wrong name',
               empty_answer='an empty answer was submitted', not_allowed='the tool may not do that now', not_found='a tool found no such thing')
 
 class Parsed(NamedTuple):
     "A reply, taken apart."
-    thought: str  # text before the calls; the whole reply if there is an error
+    thought: str  # the words around the calls; the whole reply if there is an error
     calls: list   # [(name, arguments)]
     error: str    # a sentence to the model; None: the calls can be carried out
     faults: list  # kinds of irregularity, keys of `FAULTS`
 
 _CALL = re.compile(r'<tool_call>\s*(.*?)\s*</tool_call>', re.S)
 _THINK = re.compile(r'\s*<think>.*?(?:</think>|\Z)', re.S)
+_DEEPEST = 30  # levels of nesting in arguments; ours have one
 
-def _load(s):                                                                   # half a surrogate pair becomes '?'
-    return json.loads(json.dumps(json.loads(s), ensure_ascii=False).encode('utf-8', 'replace'))
+def _clean(s): return s.encode('utf-8', 'replace').decode()                     # half a surrogate pair becomes '?'
+
+def _load(s):                                                                   # raises ValueError also for NaN and Infinity, which are no JSON
+    return json.loads(_clean(json.dumps(json.loads(s), ensure_ascii=False, allow_nan=False)))
+
+def _shallow(x, most=_DEEPEST):
+    "Whether at most so many lists and objects stand in each other."
+    if not isinstance(x, (dict, list)): return True
+    return most > 0 and all(_shallow(y, most - 1) for y in (x.values() if isinstance(x, dict) else x))
+
+def _thought_ends(text):
+    "Where the thinking before the answer ends; 0 if there is none."
+    if m := _THINK.match(text): return m.end()
+    calls = [m.span() for m in _CALL.finditer(text)]                            # a tag inside a call's arguments ends nothing
+    ends = [m.end() for m in re.finditer('</think>', text) if not any(a < m.start() < b for a, b in calls)]
+    return ends[0] if ends else 0
 
 def _one_call(block):
     "((name, arguments), accepted irregularities) of the text between two tags, or (None, (sentence, kind))."
@@ -98,6 +116,7 @@ def _one_call(block):
         try: args = _load(args)
         except (ValueError, RecursionError): return None, ('The arguments are not valid JSON.', 'bad_json')
     if not isinstance(args, dict): return None, ('The arguments must be an object.', 'bad_arguments')
+    if not _shallow(args): return None, ('The arguments are nested too deeply.', 'bad_arguments')
     return (d['name'], args), ['double_encoded'] if twice else []
 
 def parse_reply(
@@ -105,16 +124,17 @@ def parse_reply(
 ):         # Parsed
     "Split a reply into its thought and its calls; one broken call makes the whole reply an error."
     text = text.removesuffix('<|im_end|>')
-    think = _THINK.match(text)
-    head, rest = (text[:think.end()], text[think.end():]) if think else ('', text)
-    thought, blocks = head + rest.split('<tool_call>')[0], _CALL.findall(rest)
-    if not blocks:
-        if '<tool_call>' in rest: return Parsed(text, [], 'The call has no end.', ['unclosed'])
-        return Parsed(text, [], 'No tool was called. Call one tool.', ['no_call' if text.strip() else 'empty_reply'])
-    calls, faults = [], ['several_calls'] if len(blocks) > 1 else []
+    end = _thought_ends(text)
+    head, rest = text[:end], text[end:]
+    blocks, around = _CALL.findall(rest), _CALL.split(rest)[::2]                # the words before, between and behind the calls
+    if any('<tool_call>' in w for w in around): return Parsed(text, [], 'The call has no end.', ['unclosed'])
+    if not blocks: return Parsed(text, [], 'No tool was called. Call one tool.', ['no_call' if text.strip() else 'empty_reply'])
+    behind = ''.join(around[1:]).strip()
+    thought, calls = head + around[0] + behind, []
+    faults = ['several_calls'] * (len(blocks) > 1) + ['text_behind'] * bool(behind)
     for b in blocks:
         call, more = _one_call(b)
-        if call is None: return Parsed(thought, [], more[0], [more[1]])
+        if call is None: return Parsed(text, [], more[0], [more[1]])            # the broken call stays readable
         calls.append(call)
         faults += more
     return Parsed(thought, calls, None, faults)
@@ -202,19 +222,21 @@ async def rollout(
     if session := getattr(tools, 'session', None): tools = session(question)      # what this rollout has found is its own
     t = _begin(question, tools, seed, meta)
     run = _Run(policy, tools, budget, t, watch or (lambda t: None))
-    policy.start(t)
     try:
-        async with asyncio.timeout(budget.seconds) as clock: await run.turns()
-    except TimeoutError:
-        if not clock.expired(): raise
-        t.stop = 'deadline'
-    except asyncio.CancelledError:
-        t.stop = 'cancelled'
-        raise
+        policy.start(t)
+        try:
+            async with asyncio.timeout(budget.seconds) as clock: await run.turns()
+        except TimeoutError:
+            if not clock.expired(): raise
+            t.stop = 'deadline'
+        except asyncio.CancelledError:
+            t.stop = 'cancelled'
+            raise
+        finally: policy.end(t)
     finally:
-        policy.end(t)
-        if close := getattr(tools, 'aclose', None): await close()
-        run.watch(t)
+        try:
+            if close := getattr(tools, 'aclose', None): await close()
+        finally: run.watch(t)
     return t
 
 def _begin(question, tools, seed, meta):
@@ -225,7 +247,7 @@ def _begin(question, tools, seed, meta):
     return t
 
 CLOSING = 'The context is nearly full. Submit your answer now.'
-CUT = '\n[cut here: the context is full]'
+CUT = f'\n[cut here: the context is full] {CLOSING}'
 
 @dataclass
 class _Run:
@@ -280,10 +302,13 @@ def _context(t, reply):
 def _shorten(t):
     "Halve the results that the policy has not yet taken in; False when nothing is left to cut."
     last = max(i for i, m in enumerate(t.messages) if m['role'] in ('assistant', 'system'))
-    long = [m for m in t.messages[last + 1:] if m['role'] == 'tool' and len(m['content']) > 200]
-    for m in long: m['content'] = m['content'].removesuffix(CUT + ' ' + CLOSING)[:len(m['content']) // 2] + CUT + ' ' + CLOSING
-    if long: t.meta['shortened'] = t.meta.get('shortened', 0) + 1
-    return bool(long)
+    new = [m for m in t.messages[last + 1:] if m['role'] == 'tool' and m['content'] != CLOSING]
+    for m in new: m['content'] = m['content'].removesuffix(CUT)
+    if not any(len(m['content']) > 20 for m in new): return False
+    for m in new: m['content'] = m['content'][:max(20, len(m['content']) // 2)]
+    new[-1]['content'] += CUT
+    t.meta['shortened'] = t.meta.get('shortened', 0) + 1
+    return True
 
 def _record(t, reply):
     t.turns.append(dict(reply.usage or {}))
@@ -307,8 +332,8 @@ async def take_turn(
     only_submit=False,  # the model was told to submit: nothing else is carried out
 ):
     "Append a reply to a trajectory and carry out its calls."
-    said = parse_reply(reply.content)
-    m = dict(role='assistant', content=reply.content.removesuffix('<|im_end|>') if said.error else said.thought)    # a malformed call stays readable
+    said = parse_reply(_clean(reply.content))
+    m = dict(role='assistant', content=said.thought)
     if said.calls: m['tool_calls'] = [_call_record(len(t.calls) + i, n, a) for i, (n, a) in enumerate(said.calls)]
     t.messages.append(m)
     for kind in said.faults: _fault(t, kind)
@@ -324,6 +349,7 @@ async def _carry_out(t, tools, name, args, budget, only_submit):
     answer = args.get('answer') if name == 'submit_answer' else None
     try:
         if isinstance(answer, str):
+            if extra := [a for a in args if a != 'answer']: raise ToolError(f'submit_answer has no argument {", ".join(extra)}.')
             if not answer.strip(): raise ToolError('The answer is empty. Submit an answer.', 'empty_answer')
             return _submit(t, answer, budget)
         if only_submit: raise ToolError(CLOSING, 'not_allowed')
@@ -335,7 +361,7 @@ async def _carry_out(t, tools, name, args, budget, only_submit):
     except ToolError as e:
         t.calls.append('failed' if isinstance(e, ToolFailed) else 'malformed')
         _fault(t, e.kind)
-        return str(e)
+        return plain(str(e))                                                    # it may name what the model wrote
     except getattr(getattr(tools, 'retriever', None), 'passing', ()) as e:
         t.stop, t.meta['error'] = 'error', str(e)
         return ''
@@ -361,7 +387,12 @@ async def rollouts(
     gate = asyncio.Semaphore(concurrency)
     async def one(tools, q, seed=0):
         async with gate: return await rollout(policy, tools, q, budget, seed, watch=watch)
-    return await asyncio.gather(*(one(*j) for j in jobs))
+    tasks = [asyncio.ensure_future(one(*j)) for j in jobs]
+    try: return await asyncio.gather(*tasks)
+    except BaseException:                                                       # one failed for good: none may go on behind the caller's back
+        for task in tasks: task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 def run_sync(
     coro,  # a coroutine, not started yet

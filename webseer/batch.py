@@ -52,7 +52,7 @@ def read_question(
     "The question of a row. Raises WebseerError that names the field."
     if not isinstance(row, dict): raise WebseerError(f'{where}: a {type(row).__name__}, not an object; each question needs the fields question and golden_answers')
     (tname, text), (gname, golds), (_, more), (iname, id_), (hname, hops) = (_get(row, f) for f in FIELDS)
-    has = f'it has {", ".join(map(str, list(row)[:8])) or "no fields"}'
+    has = f'it has {", ".join(" ".join(str(k)[:40].split()) for k in list(row)[:8]) or "no fields"}'
     if tname is None: raise WebseerError(f'{where}: no question ({has}); name it question')
     if not isinstance(text, str) or not text.strip(): raise WebseerError(f'{where}: the field {tname} is no text: {str(text)[:40]!r}')
     if gname is None: raise WebseerError(f'{where}: no answer ({has}); name the list of answers golden_answers')

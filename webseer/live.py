@@ -148,9 +148,9 @@ class Provider(Service):
     def read(self, response):
         "The decoded body of a successful answer."
         if not response.is_success: raise self.failure(response)
-        what = f"{self.owner}: {response.url.copy_with(query=None, fragment=None)}"
         try: body = self._parse(response.content)
         except ValueError:
+            what = f"{self.owner}: {response.url.copy_with(query=None, fragment=None)}"
             if not _is_page(response.content):
                 start = response.content[:60].decode("utf-8", "replace")
                 raise Transient(self._hide(f"{what}: the answer is not JSON ({start!r})")) from None

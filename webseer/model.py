@@ -284,7 +284,7 @@ CHAT_TEMPLATE = ('{%- for m in messages %}{%- set nl = "" if loop.first else "\n
                  '{{ nl + "<|im_start|>user\n<tool_response>\n" + m.content + "\n</tool_response><|im_end|>" }}'
                  '{%- else %}{{ nl + "<|im_start|>" + m.role + "\n" + (m.content or "") }}' + _TOOLS +
                  '{%- for c in m.tool_calls or [] %}{%- set a = c.function.arguments %}'
-                 '{{ "<tool_call>\n{\\"name\\": \\"" + c.function.name + "\\", \\"arguments\\": " + (a if a is string else a | tojson)'
+                 '{{ "<tool_call>\n{\\"name\\": \\"" + c.function.name + "\\", \\"arguments\\": " + (a if a is string else a | tojson) | replace("</tool_call>", "<\\\\/tool_call>")'
                  ' + "}\n</tool_call>" }}{%- endfor %}{{ "<|im_end|>" }}{%- endif %}{%- endfor %}'
                  '{%- if add_generation_prompt %}{{ "\n<|im_start|>assistant\n" }}{%- endif %}')
 

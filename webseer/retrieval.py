@@ -161,9 +161,9 @@ def read_lines(
     if about and asked and ' of ' in question: about = f' of {subject}' in question     # not the page of the value that is checked
     if not about: return f'This page is about {subject}.'
     names = [n for n in _NAME.findall(question) if n.lower() not in _OPENERS]
-    q = set(words(question)); best, overlap = '', 0
+    q = set(words(question)); wanted, best, overlap = q - set(words(subject)) - {n.lower() for n in names}, '', 0
     for l in lines:
-        n = len(q & set(words(l)) - set(words(subject)) - {n.lower() for n in names})
+        n = len(wanted.intersection(words(l)))
         if n > overlap: best, overlap = l, n
     if not best: best = _by_meaning(q, lines)
     if not best: return 'The page does not say.'

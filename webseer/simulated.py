@@ -11,7 +11,7 @@ import asyncio, contextlib, copy, difflib, itertools, json, re
 from dataclasses import asdict, dataclass
 from urllib.parse import urlsplit
 
-import httpx
+import httpx, orjson
 
 from .core import WebseerError, fingerprint, keyed_rng
 from .live import Provider, check_k, clean, from_env, read_json, readable, told_status
@@ -63,9 +63,15 @@ def reply_text(
     return text.partition("<think>")[0].strip()
 
 def _sendable(x):
+    "The same with what JSON cannot carry replaced; mostly there is nothing to replace, which is quick to see."
+    try: orjson.dumps(x)
+    except TypeError: return _cleaned(x)
+    return x
+
+def _cleaned(x):
     if isinstance(x, str): return readable(x)
-    if isinstance(x, dict): return {_sendable(k): _sendable(v) for k, v in x.items()}
-    return [_sendable(v) for v in x] if isinstance(x, (list, tuple)) else x
+    if isinstance(x, dict): return {_cleaned(k): _cleaned(v) for k, v in x.items()}
+    return [_cleaned(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 # %% ../nbs/02g_simulated.ipynb #16aa0da2
 def told_usage(

@@ -138,17 +138,23 @@ class AsyncTools(Tools):
         query,  # words to look for
     ):          # addresses and extracts as text
         "`Tools.search` for async code."
-        return render_hits(await self.retriever.asearch(query, self.k))
+        return render_hits(await self._asked(self.retriever.asearch(query, self.k)))
 
     async def query_on_page(self,
         url,       # address from a search result
         question,  # what to find out, or a yes/no question to check
     ):             # the reader's answer as text
         "`Tools.query_on_page` for async code; raises ToolError likewise."
-        try: subject, lines = await self.retriever.asubject(url)
+        try: subject, lines = await self._asked(self.retriever.asubject(url))
         except PageNotFound: raise ToolError('No page has this address.', 'not_found')
         self._keep(url, '\n'.join(lines))
         return plain(read_lines(subject, lines, question, self.check))
+
+    async def _asked(self, coro):
+        "What the retriever answers; a request that it refuses is the call's failure, a retriever that is down the rollout's."
+        try: return await coro
+        except (PageNotFound, *getattr(self.retriever, 'passing', ())): raise
+        except WebseerError as e: raise ToolFailed(plain(f'This did not work: {e}')) from None
 
 # %% ../nbs/03_tools.ipynb #fb7acb01
 class ToolFailed(ToolError):

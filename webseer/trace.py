@@ -15,7 +15,8 @@ def safe(
     text,  # anything from a model or a page
 ):         # the same without control characters
     "Text that a terminal only shows."
-    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "�" for c in text.replace("\r\n", "\n"))
+    lines = text.replace("\r\n", "\n").split("\n")
+    return "\n".join(l if l.isprintable() else "".join(c if c.isprintable() else " " if c == "\t" else "�" for c in l) for l in lines)
 
 # %% ../nbs/04a_trace.ipynb #20b239b6
 SIGNS = {"question": ("?", "bold"), "thought": ("…", "italic"), "call": ("▸", "cyan"), "result": (" ", ""), "submission": ("■", "bold blue"),
@@ -23,7 +24,7 @@ SIGNS = {"question": ("?", "bold"), "thought": ("…", "italic"), "call": ("▸"
 
 def _words(e):
     if e.args is None: return e.text
-    if e.name == "execute_python" and isinstance(e.args.get("code"), str): return f"{e.name}\n{e.args['code']}"
+    if e.name == "execute_python" and isinstance(e.args.get("code"), str) and len(e.args) == 1: return f"{e.name}\n{e.args['code']}"
     said = [f"{k}: {v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)}" for k, v in e.args.items()]
     return f"{e.name}  " + "   ".join(said) if said else f"{e.name}  {e.text}"
 

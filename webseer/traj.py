@@ -156,7 +156,7 @@ def trace_html(
              f"{len(traj.calls)} calls", f"{len(traj.ids):,} tokens" if traj.ids else "", f"reward {traj.reward:.3g}" if traj.parts or traj.reward else "",
              ", ".join(f"{k.replace('_', ' ')}: {n}" for k, n in traj.faults.items())]
     return (f'{TRACE_STYLE}<div class="wst"><div class="q">{esc(traj.question)}</div><div class="f">{esc(" · ".join(f for f in facts if f))}</div>'
-            + "".join(_part_html(e) for e in events(traj) if e.kind != "question") + "</div>")
+            + "".join(_part_html(e) for e in events(traj) if (e.kind, e.text) != ("question", traj.question)) + "</div>")
 
 # %% ../nbs/04_traj.ipynb #bba5453d
 def save_trajs(
