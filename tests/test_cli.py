@@ -69,3 +69,60 @@ def test_serve_answers(tmp_path):
     finally:
         p.terminate()
         p.wait(10)
+
+
+# a model behind an address
+
+def chat_server(tools=True):
+    "An OpenAI-compatible server whose model searches once, then submits; asked to verify, it says incorrect if the proposal is not 'right'."
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+    async def models(request): return JSONResponse({"data": [{"id": "tiny", "max_model_len": 8192}]})
+    async def chat(request):
+        body = await request.json()
+        if body["model"] != "tiny": return JSONResponse({"error": {"message": f"The model `{body['model']}` does not exist."}}, 404)
+        if body.get("tools") and not tools: return JSONResponse({"error": {"message": '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'}}, 400)
+        asked, last = next(m["content"] for m in body["messages"] if m["role"] == "user"), body["messages"][-1]
+        verify, looked = "Proposed answer" in asked, last["role"] == "tool" or "<tool_response>" in (last["content"] or "")
+        name, args = ("submit_answer", {"answer": ("correct" if "right" in asked else "incorrect") if verify else "right"}) if looked else ("search", {"query": f"director {asked[:40]}"})
+        if body.get("tools"):
+            said = {"role": "assistant", "content": "Let me see.", "tool_calls": [{"id": "c", "type": "function", "function": {"name": name, "arguments": json.dumps(args)}}]}
+        else: said = {"role": "assistant", "content": "Let me see.\n<tool_call>\n" + json.dumps(dict(name=name, arguments=args)) + "\n</tool_call>"}
+        return JSONResponse({"choices": [{"index": 0, "message": said, "finish_reason": "stop"}], "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
+    return Starlette(routes=[Route("/v1/models", models), Route("/v1/chat/completions", chat, methods=["POST"])])
+
+
+@pytest.mark.parametrize("tools", [True, False])
+def test_ask_any_model_and_view_it(tmp_path, tools):
+    from webseer.remote import running_app
+    with running_app(chat_server(tools)) as url:
+        r = webseer("ask", "Who?", "--profile", "smoke", "--base-url", url, "--save", tmp_path/"run.jsonl")
+        assert r.returncode == 0 and "# tiny at" in r.stdout and "▸ search  query: director Who?" in r.stdout and "■ submit_answer  answer: right" in r.stdout, r
+        assert "220 tokens read and written" in r.stdout
+        refused(webseer("ask", "--profile", "smoke", "--base-url", url, "--model", "tony"), "tiny")
+    assert webseer("view", tmp_path/"run.jsonl", "-o", tmp_path/"run.html").returncode == 0 and (tmp_path/"run.html").stat().st_size > 10_000
+    (tmp_path/"run.jsonl").open("a").write("{torn\n")
+    refused(webseer("view", tmp_path/"run.jsonl"), "line 2")
+
+
+def test_ask_without_set_up():
+    r = webseer("ask")
+    assert r.returncode == 0 and "checkpoint" in r.stdout and "submit_answer" in r.stdout and "= " in r.stdout, r
+
+
+def test_run_and_synth(tmp_path):
+    from webseer.remote import running_app
+    qs = tmp_path/"q.jsonl"
+    qs.write_text("".join(json.dumps(dict(question=f"Question {i}?", golden_answers=["right" if i % 2 else "other"])) + "\n" for i in range(8)))
+    with running_app(chat_server()) as url:
+        r = webseer("run", qs, tmp_path/"run", "--profile", "smoke", "--base-url", url, "--price", "1,2")
+        assert r.returncode == 0 and "| em | 0.5 |" in r.stdout and len((tmp_path/"run"/"run.jsonl").read_text().splitlines()) == 8, r
+        again = webseer("run", qs, tmp_path/"run", "--profile", "smoke", "--base-url", url, "--price", "1,2")
+        assert again.returncode == 0 and "| em | 0.5 |" in again.stdout
+        s = webseer("synth", qs, tmp_path/"data", "--profile", "smoke", "--base-url", url, "--rounds", "1", "--retries", "2")
+        assert s.returncode == 0 and (tmp_path/"data"/"sft.parquet").is_file(), s
+    from webseer.synth import load_sft
+    assert len(load_sft(tmp_path/"data"/"sft.parquet")) == 4
+    qs.write_text('{"question": "a", "golden_answers": ["b"]}\n{"question": "c"}\n')
+    refused(webseer("run", qs, tmp_path/"other", "--base-url", "http://127.0.0.1:9"), "line 2")
