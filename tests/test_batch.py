@@ -176,7 +176,8 @@ def test_refusals(tmp_path):
 
 
 CHILD = """
-import asyncio, sys
+import asyncio, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)                # a process in the background inherits that it is ignored
 from webseer.agent import run_sync
 from webseer.batch import run_queue
 async def work(x, note):

@@ -280,7 +280,7 @@ def init_weights(
 # %% ../nbs/07_model.ipynb #7cfccb75
 _TOOLS = ('{%- if tools and loop.first %}{{ ' + json.dumps(TOOLS_HEAD) + ' }}{%- for t in tools %}{{ ("" if loop.first else "\n") + (t | tojson) }}'
           '{%- endfor %}{{ ' + json.dumps(TOOLS_TAIL) + ' }}{%- endif %}')
-CHAT_TEMPLATE = ('{%- for m in messages %}{%- set nl = "" if loop.first else "\n" %}{%- if m.role == "tool" %}'
+CHAT_TEMPLATE = ('{%- for m in messages %}{%- set nl = "" if m.role == "system" else "\n" %}{%- if m.role == "tool" %}'
                  '{{ nl + "<|im_start|>user\n<tool_response>\n" + m.content + "\n</tool_response><|im_end|>" }}'
                  '{%- else %}{{ nl + "<|im_start|>" + m.role + "\n" + (m.content or "") }}' + _TOOLS +
                  '{%- for c in m.tool_calls or [] %}{%- set a = c.function.arguments %}'

@@ -65,7 +65,8 @@ class BM25:
         k1=1.2,  # saturation (Lucene's default)
         b=.75,   # length normalisation, 0 to 1 (Lucene's default)
     ):
-        import bm25s
+        import bm25s, logging
+        logging.getLogger('bm25s').setLevel(logging.WARNING)          # it sets itself to DEBUG when it is imported
         import numpy as np
         if not any(docs): raise WebseerError('no words to index: all documents are empty')
         self._np, self._index = np, bm25s.BM25(k1=k1, b=b)
