@@ -162,7 +162,7 @@ def test_a_wrong_row_names_file_place_and_field(name, field, tmp_path):
     ("x.jsonl", b'\xff\xfe\x00', "not UTF-8"), ("x.jsonl", b"", "holds no rows"), ("x.json", b"[]", "holds no rows"),
     ("x.csv", b'question,answer\n"a,b\n', "line 2: not CSV"), ("x.csv", b"question,answer\na,b,c,d\n", "line 2: 2 more columns"), ("x.csv", b"question,answer\n", "holds no rows"),
     ("x.tsv", b"question\tanswer\nonly\n", "line 2: the field answer"), ("x.parquet", b"PAR1 no", "not readable as parquet"), ("x.jsonl.gz", b"no gzip", "cannot be read"),
-    ("x.jsonl.gz", gzip.compress(b'{"question": "a"}')[:-9], "cannot be read"), ("x.pdf", b"%PDF", "the ending .pdf is not known"),
+    ("x.jsonl.gz", gzip.compress(b'{"question": "a"}', mtime=0)[:-9], "cannot be read"), ("x.pdf", b"%PDF", "the ending .pdf is not known"),
     ("x.json", b'[' + b'[' * 100_000, "nested too deeply"), ("x.jsonl", b'{"question": "a", "answer": ["", " "]}\n', "line 1: the field answer holds no answer")])
 def test_wrong_files(file, data, said, tmp_path):
     (tmp_path/file).write_bytes(data)
