@@ -2,6 +2,8 @@
 # make reproduce [PROFILE=laptop]    set up .venv, then run the numbered notebooks
 # make vllm                          set up .venv-vllm: vLLM built for the CPU, in an environment of its own (3 GB)
 # make test-vllm                     serve the embedded checkpoint with it and compare; says so and passes where it cannot be installed
+# make verl                          set up .venv-verl: verl, in an environment of its own (2 GB)
+# make test-verl                     objectives, agent loop, launchers and data against it; says so and passes where it cannot be installed
 PROFILE ?= laptop
 PYTHON  ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,13))' 2>/dev/null && { echo $$p; break; }; done)
 CPU_TORCH ?= https://download.pytorch.org/whl/cpu
@@ -9,7 +11,7 @@ FIND_TORCH = $(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_TORCH)/t
 BIN   := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test reproduce setup vllm test-vllm
+.PHONY: test reproduce setup vllm test-vllm verl test-verl
 setup: $(READY)
 
 test: $(READY)
@@ -40,3 +42,19 @@ $(VLLM_READY):
 test-vllm: $(READY)
 	@if $(MAKE) vllm; then WEBSEER_VLLM=$(CURDIR)/.venv-vllm/bin/vllm $(BIN)/python -m pytest -s tests/test_vllm.py; \
 	else echo "SKIPPED: vLLM for the CPU could not be installed on this machine; nothing was tested against a real vLLM"; fi
+
+# verl asks for an older transformers than the newest; its own list of requirements holds GPU packages, so it comes without it.
+VERL_READY := .venv-verl/.ready
+verl: $(VERL_READY)
+
+$(VERL_READY):
+	$(PYTHON) -m venv .venv-verl
+	$(FIND_TORCH); .venv-verl/bin/python -m pip install --disable-pip-version-check --quiet $$index torch==2.13.0 transformers==5.10.4 \
+	  ray==2.60.0 tensordict==0.10.0 TransferQueue==0.1.11 'omegaconf<2.4' hydra-core torchdata datasets codetiming pyzmq msgspec cachetools \
+	  fastapi==0.136.3 uvicorn dill pybind11 pylatexenc peft accelerate tensorboard -e .
+	.venv-verl/bin/python -m pip install --disable-pip-version-check --quiet --no-deps verl==0.9.1
+	touch $@
+
+test-verl: $(READY)
+	@if $(MAKE) verl; then WEBSEER_VERL=$(CURDIR)/.venv-verl/bin/python $(BIN)/python -m pytest tests/test_verl_parity.py tests/test_verl_loop.py tests/test_launch.py tests/test_questions.py; \
+	else echo "SKIPPED: verl could not be installed on this machine; nothing was compared with it"; fi

@@ -132,6 +132,24 @@ class Profile:
     serve_memory: float = _in("serve")
     serve_dtype: str = _in("serve")
     serve_args: str = _in("serve")
+    verl_model: str = _in("verl")
+    verl_start: str = _in("verl")
+    verl_params: float = _in("verl")
+    verl_architecture: str = _in("verl")
+    verl_algorithm: str = _in("verl")
+    verl_device: str = _in("verl")
+    verl_nodes: int = _in("verl")
+    verl_gpus: int = _in("verl")
+    verl_memory: float = _in("verl")
+    verl_attention: str = _in("verl")
+    verl_rollout: str = _in("verl")
+    verl_offload: bool = _in("verl")
+    verl_workers: int = _in("verl")
+    verl_data: str = _in("verl")
+    verl_retrieval: str = _in("verl")
+    verl_loggers: tuple[str, ...] = _in("verl")
+    verl_sft: str = _in("verl")
+    verl_rl: str = _in("verl")
     seeds: tuple[int, ...] = _in("run")
 
     def fingerprint(self) -> str:
@@ -139,17 +157,19 @@ class Profile:
         return fingerprint(self.part())
 
     def part(self, *groups: str) -> dict:
-        "The fields of some groups (default: of all but `run` and `serve`), as the runner's stamps store them."
+        "The fields of some groups (default: of all but `run`, `serve` and `verl`), as the runner's stamps store them."
         return {f.name: getattr(self, f.name) for f in fields(self)
-                if (g := f.metadata.get("group")) and (g in groups if groups else g not in ("run", "serve"))}
+                if (g := f.metadata.get("group")) and (g in groups if groups else g not in ("run", "serve", "verl"))}
 
 # %% ../nbs/00_core.ipynb #13b6e8d4
 _truth = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _choices = {"rl_advantage": ("loo", "std"), "aggregation": ("token", "sequence"), "reward": ("paper", "released", "single"),
-            "reward_score": ("em", "f1", "recall", "cover_em"), "kinds": ("chain", "same", "compare"), "page_reader": ("webpages", "jina"), "reader": ("extract", "raw", "llm")}
+            "reward_score": ("em", "f1", "recall", "cover_em"), "kinds": ("chain", "same", "compare"), "page_reader": ("webpages", "jina"), "reader": ("extract", "raw", "llm"),
+            "verl_algorithm": ("grpo", "dapo", "reinforce_plus_plus", "rloo", "ppo"), "verl_device": ("cuda", "cpu"), "verl_attention": ("flash_attention_2", "sdpa", "eager"),
+            "verl_loggers": ("console", "file", "wandb", "mlflow", "swanlab", "vemlp_wandb", "tensorboard", "clearml", "trackio", "rl_insight")}
 _at_least = {"k": 1, "n_entities": 2, "n_worlds": 1, "per_world": 1, "test_worlds": 1, "test_questions": 1, "max_calls": 1, "max_submissions": 1,
              "rl_group": 2, "serve_context": 0, "serve_yarn": 1, "serve_tp": 1, "serve_dp": 1, "rl_questions": 1, "rl_minibatches": 1, "rl_temperature": 0.01, "sft_tokens": 1, "sft_warmup": 1, "n_heads": 1,
-             "n_kv_heads": 1, "checkpoint_every": 1, "passk": 1}
+             "n_kv_heads": 1, "checkpoint_every": 1, "passk": 1, "verl_nodes": 1, "verl_gpus": 1, "verl_workers": 1, "verl_params": 0, "verl_memory": 0.1}
 
 def _cast(
     value,  # text from settings.ini or a Python value

@@ -1,0 +1,500 @@
+"""The agent loop for verl: without verl, and inside verl's own classes with a scripted engine (no training here; that is bench/verl_cpu.py).
+
+The second half needs verl. It runs where the Python that runs pytest has it, else in the Python that WEBSEER_VERL names (`make verl` makes one).
+"""
+import asyncio
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from webseer.agent import ASSISTANT, ScriptedPolicy, call_text, first_messages, render, rollout, run_sync
+from webseer.core import WebseerError, load_profile
+from webseer.model import CHAT_TEMPLATE, Codec, ModelConfig, Qwen2, init_weights, save_checkpoint
+from webseer.remote import running_app
+from webseer.retrieval import MiniWeb
+from webseer.rewards import reward
+from webseer.sft import encode_messages
+from webseer.tools import TOOLS, Tools
+from webseer.traj import STOPS
+from webseer.verl_cpu import RL_CPU, SFT_CPU, Continuer, cpu_env, load_hf
+from webseer.verl_loop import (EngineFailed, LoopSettings, agent_config, after_reply, compute_score, encode_chat, loop_settings, numbers_of, record_row,
+                               recorded, rollout_metrics, row_question, run_row, save_rows, sft_rows, tool_config, tools_kwargs, trim, worlds_app)
+from webseer.world import World, WorldConfig
+
+QWEN = ("{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n{% if m.role == 'tool' %}<tool_response>\n{% endif %}{{ m.content }}"
+        "{% if m.role == 'tool' %}\n</tool_response>{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+WRONG, RIGHT = call_text("submit_answer", answer="nobody"), call_text("submit_answer", answer="Michael Mann")
+SCRIPTS = {"correct": [WRONG, RIGHT], "once": [RIGHT], "five wrong": [WRONG] * 9, "idle": ["I do not know.", RIGHT], "bad json": ['<tool_call>\n{"name": bad}\n</tool_call>', RIGHT],
+           "unknown tool": [call_text("nosuch"), RIGHT], "two calls": [WRONG + call_text("search", query="film"), RIGHT], "search": [call_text("search", query="film"), RIGHT],
+           "too long": ["x " * 700], "half": [call_text("submit_answer", answer="Michael Smith"), WRONG, WRONG, WRONG, WRONG]}
+
+
+@pytest.fixture(scope="module")
+def address():
+    with running_app(worlds_app(load_profile("smoke"), most=3)) as url: yield url
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    codec = Codec()
+    return save_checkpoint(tmp_path_factory.mktemp("ck")/"ck", init_weights(Qwen2(ModelConfig(codec.n, 64, 2, 2, 1, 128))), codec)
+
+
+@pytest.fixture(scope="module")
+def tok(checkpoint):
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+def row(i=0, split="train", **info):
+    return dict(raw_prompt=first_messages(f"Who directed film {i}?"), data_source="miniweb",
+                extra_info=dict(index=i, qid=f"q{i}", golds='["Michael Mann"]', retrieval="w/rl-0-0", split=split) | info)
+
+
+def played(tok, replies, end, log=None):
+    left = list(replies)
+    async def engine(ids, room):
+        said = tok.encode(left.pop(0) if left else "Done.", add_special_tokens=False) + [end]
+        if log is not None: log.append((list(ids), said[:room], room))
+        return said[:room], [-.25] * len(said[:room])
+    return engine
+
+
+def run(tok, address, replies, room=700, row=None, **more):
+    s = loop_settings(dict(retrieval=address, variant="released", l_expect=500, l_max=700) | more)
+    return run_sync(run_row(row or globals()["row"](), played(tok, replies, tok.eos_token_id), tok, s, 1000, room))
+
+
+# -- worlds behind one address
+
+def test_each_world_answers_as_alone(address):
+    from webseer.remote import RemoteRetriever
+    for name in ("rl-0-1", "test-3"):
+        web, there = MiniWeb(World(name, WorldConfig.of(load_profile("smoke")))), RemoteRetriever(f"{address}/w/{name}")
+        for p in list(web.world.pages.values())[:5]:
+            assert there.search(p.title, 4) == web.search(p.title, 4) and there.fetch(p.url) == web.fetch(p.url) and there.subject(p.url) == (p.subject, p.lines)
+
+
+def test_worlds_are_forgotten_and_made_again(address):
+    ask = lambda name: httpx.post(f"{address}/w/{name}/search", json=dict(query="city"), trust_env=False)
+    first = ask("w0").json()
+    for i in range(1, 6): assert ask(f"w{i}").status_code == 200
+    assert httpx.get(f"{address}/health", trust_env=False).json()["worlds"] == ["w3", "w4", "w5"]
+    assert ask("w0").json() == first
+
+
+@pytest.mark.parametrize("name", ["%2e%2e%2f", "a" * 81, "a b", "é!"])
+def test_bad_names_of_worlds(address, name):
+    r = httpx.post(f"{address}/w/{name}/search", json=dict(query="x"), trust_env=False)
+    assert r.status_code in (404, 422) and r.headers["content-type"].startswith(("application/json", "text/plain"))
+
+
+def test_many_at_once_make_a_world_once(address):
+    import threading
+    from webseer import verl_loop
+    made, real = [], verl_loop.World
+    class Counted(real):
+        def __init__(self, *a, **k): made.append(a[0]); super().__init__(*a, **k)
+    verl_loop.World = Counted
+    try:
+        with running_app(worlds_app()) as url:
+            ts = [threading.Thread(target=httpx.post, args=(f"{url}/w/same/search",), kwargs=dict(json=dict(query="x"), trust_env=False, timeout=30)) for _ in range(8)]
+            [t.start() for t in ts], [t.join() for t in ts]
+    finally: verl_loop.World = real
+    assert made == ["same"]
+
+
+# -- tokens
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.text(min_size=1, max_size=30), st.text(max_size=30)), min_size=1, max_size=4), st.booleans())
+def test_tokens_and_mask_are_those_of_the_embedded_trainer(tok, turns, qwen):
+    talk = first_messages("Who?")
+    for said, told in turns: talk += [dict(role="assistant", content=said), dict(role="tool", content=told)]
+    ids, mask = encode_chat(tok, talk, **(dict(chat_template=QWEN) if qwen else {}))
+    codec = Codec()
+    if not qwen: assert (ids, mask) == encode_messages(codec, talk)
+    assert codec.decode(ids) == tok.apply_chat_template(talk, tokenize=False, **(dict(chat_template=QWEN) if qwen else {}))
+    spans, at = [], 0
+    for i, on in enumerate(mask):
+        if on and (i == 0 or not mask[i - 1]): spans.append([])
+        if on: spans[-1].append(ids[i])
+    if all(said for said, _ in turns): assert [codec.decode(s) for s in spans] == [said + "<|im_end|>" for said, _ in turns]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, QWEN])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_prompt_and_response_are_the_conversation(tok, address, name, template):
+    log, s = [], loop_settings(dict(retrieval=address, variant="released"))
+    r = run_sync(run_row(row(), played(tok, SCRIPTS[name], tok.eos_token_id, log), tok, s, 1000, 700, chat_template=template))
+    talk = sft_rows([r.traj])[0]["messages"]
+    while talk[-1]["role"] != "assistant": talk.pop()             # an answer that was never encoded
+    whole = tok.apply_chat_template(talk, tokenize=False, chat_template=template)
+    if r.traj.stop != "max_tokens": assert whole.removesuffix("\n") == tok.decode(r.prompt + r.response)
+    emitted = [i for _, said, _ in log for i in said]
+    assert [i for i, on in zip(r.response, r.mask) if on] == emitted and len(r.response) == len(r.mask) == len(r.logprobs) <= 700
+    assert all((lp == -.25) == bool(on) for lp, on in zip(r.logprobs, r.mask)) and r.mask[-1] == 1
+    for (ids, said, room), (later, _, _) in zip(log, log[1:]): assert later[:len(ids) + len(said)] == ids + said     # nothing is ever encoded anew
+
+
+def test_same_rollout_as_the_local_loop(tok, address):
+    "Through tokens and HTTP, or through text and in this process: the same calls, answers, submissions and stop reason."
+    from webseer.agent import Budget
+    from webseer.reflect import Habits, reasoner
+    from webseer.retrieval import ask_fair
+    from webseer.core import keyed_rng
+    profile = load_profile("smoke")
+    web = MiniWeb(World("rl-0-7", WorldConfig.of(profile)))
+    for j in range(4):
+        q = ask_fair(web, keyed_rng("q", j), 3, hop_weights=(.5, .5, 0, 0))
+        script = lambda: reasoner(keyed_rng("r", j), Habits(.5, .3))
+        here = run_sync(rollout(script(), Tools(web), q, Budget(max_calls=16, max_submissions=5, feedback="released")))
+        p = script()
+        class Engine:
+            traj = None
+            async def __call__(self, ids, room):
+                said = tok.encode((await p.act(self.traj)).content, add_special_tokens=False) + [tok.eos_token_id]
+                return said, None
+        engine, s = Engine(), loop_settings(dict(retrieval=address, variant="released", max_calls=16))
+        from webseer import verl_loop
+        start, end = verl_loop.TokenPolicy.start, verl_loop.TokenPolicy.end
+        def begin(self, t): start(self, t); engine.traj = t; p.start(t)
+        verl_loop.TokenPolicy.start, verl_loop.TokenPolicy.end = begin, lambda self, t: p.end(t)
+        try: r = run_sync(run_row(dict(raw_prompt=first_messages(q.text), extra_info=dict(golds=json.dumps(q.golds), retrieval="w/rl-0-7")), engine, tok, s, 1000, 4000))
+        finally: verl_loop.TokenPolicy.start, verl_loop.TokenPolicy.end = start, end
+        assert [m["content"] for m in r.traj.messages] == [m["content"] for m in here.messages]
+        assert (r.traj.calls, r.traj.stop, r.traj.submissions) == (here.calls, here.stop, here.submissions) and len(here.calls) > 1
+
+
+def test_a_reply_cut_short_is_closed(tok, address):
+    r = run(tok, address, ["word " * 40, RIGHT], max_new=20)
+    text = tok.decode(r.response)
+    assert "<|im_end|>\n<|im_start|>user\nNo tool was called." in text and sum(r.mask[:20]) == 20 and r.mask[20] == 0
+
+
+def test_long_results_are_shortened_and_the_model_is_told(tok, address):
+    from webseer import verl_loop
+    s = loop_settings(dict(retrieval=address))
+    class Long:
+        schemas = TOOLS
+        async def call(self, name, args): return "word " * 400
+    real, verl_loop.row_tools = verl_loop.row_tools, lambda row, s: Long()
+    try: r = run_sync(run_row(row(), played(tok, [call_text("search", query="x"), RIGHT], tok.eos_token_id), tok, s, 1000, 600))
+    finally: verl_loop.row_tools = real
+    assert r.traj.stop == "correct" and r.traj.meta["shortened"] >= 1 and len(r.response) <= 600 and "Submit your answer now." in tok.decode(r.response)
+
+
+# -- reward and failures
+
+@pytest.mark.parametrize("variant", ["paper", "released", "single"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_reward_is_that_of_the_rewards_chapter(tok, address, name, variant):
+    r = run(tok, address, SCRIPTS[name], variant=variant)
+    want, parts = reward(variant, r.traj.submissions, len(r.response), dict(alpha=.8, l_expect=500, l_max=700))
+    assert r.reward == want and {k: r.numbers[k] for k in ("score", "decay", "answer", "length")} == {k: parts[k] for k in ("score", "decay", "answer", "length")}
+
+
+def test_known_rewards(tok, address):
+    value = lambda name, **k: run(tok, address, SCRIPTS[name], **k).reward
+    assert [value(n) for n in ("once", "correct", "five wrong", "half", "too long")] == pytest.approx([1.0, .8, 0.0, .5 * .8 ** 4, -1.0])
+    assert [value(n, variant="paper") for n in ("once", "correct")] == pytest.approx([.8, .8 ** 2])
+    assert run(tok, address, SCRIPTS["half"], variant="paper", max_submissions=3).numbers["submissions"] == 3
+    assert run(tok, address, [WRONG, RIGHT], row=row(split="test")).numbers["submissions"] == 1
+
+
+def test_numbers_have_the_same_names_always(tok, address):
+    rolls = [run(tok, address, s) for s in SCRIPTS.values()] + [run(tok, address, [RIGHT], row=dict(extra_info={}))]
+    assert len({tuple(r.numbers) for r in rolls}) == 1 and all(isinstance(v, float) for r in rolls for v in r.numbers.values())
+    assert all(sum(r.numbers[f"stop_{k}"] for k in STOPS) == 1 for r in rolls)
+
+
+@pytest.mark.parametrize("what", ["dead server", "world refused", "engine raises", "engine silent", "no golds", "no prompt", "prompt too long", "bug in a tool"])
+def test_failures_are_counted_and_never_raise(tok, address, what, caplog):
+    from webseer import verl_loop
+    logging.getLogger("webseer.verl").setLevel(logging.WARNING)
+    async def raises(ids, room): raise RuntimeError("CUDA out of memory")
+    async def silent(ids, room): return [], []
+    s = loop_settings(dict(retrieval="http://127.0.0.1:9" if what == "dead server" else address, attempts=1, deadline=3.0))
+    engine = dict(zip(("engine raises", "engine silent"), (raises, silent))).get(what) or played(tok, [WRONG, call_text("search", query="x"), RIGHT], tok.eos_token_id)
+    r = dict(row(), **({"raw_prompt": []} if what == "no prompt" else {}))
+    if what == "world refused": r["extra_info"]["retrieval"] = "w/no such world"
+    if what == "no golds": r["extra_info"]["golds"] = "[]"
+    real = verl_loop.row_tools
+    class Broken:
+        schemas = TOOLS
+        def call(self, name, args): raise ZeroDivisionError("a bug")
+    if what == "bug in a tool": verl_loop.row_tools = lambda row, s: Broken()
+    try: out = run_sync(run_row(r, engine, tok, s, 10 if what == "prompt too long" else 1000, 700))
+    finally: verl_loop.row_tools = real
+    assert out.traj.stop == "error" and out.reward == 0 and out.numbers["stop_error"] == 1 and sum(out.mask) == 0 and out.traj.meta["error"]
+    assert 1 <= len(out.response) == len(out.mask) == len(out.logprobs) and len(out.prompt) >= 1 and "ended" in caplog.text
+    if what in ("dead server", "bug in a tool", "world refused"): assert out.numbers["submissions"] == 1 and "nobody" in tok.decode(out.response)   # what was there is kept
+    unmasked = run_sync(run_row(r, played(tok, [WRONG, call_text("search", query="x")], tok.eos_token_id), tok, loop_settings(dict(retrieval="http://127.0.0.1:9", attempts=1, mask_errors=False)), 1000, 700))
+    if what == "dead server": assert sum(unmasked.mask) > 0 and unmasked.reward == 0
+
+
+def test_cancellation_is_not_swallowed(tok, address):
+    async def slow(ids, room): await asyncio.sleep(60)
+    async def go():
+        task = asyncio.ensure_future(run_row(row(), slow, tok, loop_settings(dict(retrieval=address)), 1000, 700))
+        await asyncio.sleep(.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError): await task
+    run_sync(go())
+
+
+def test_rollouts_do_not_wait_for_each_other(tok, address):
+    import time
+    async def slow(ids, room):
+        await asyncio.sleep(.3)
+        return tok.encode(RIGHT, add_special_tokens=False) + [tok.eos_token_id], None
+    async def go():
+        before = time.monotonic()
+        rs = await asyncio.gather(*(run_row(row(i), slow, tok, loop_settings(dict(retrieval=address)), 1000, 700) for i in range(20)))
+        return rs, time.monotonic() - before
+    rs, seconds = run_sync(go())
+    assert all(r.reward == .8 for r in rs) and seconds < 3
+
+
+def test_trim(tok, address):
+    r = run(tok, address, SCRIPTS["correct"])
+    n = len(r.response)
+    r.response, r.mask, r.logprobs = r.response + [1, 2], r.mask + [0, 0], r.logprobs + [0., 0.]
+    assert len(trim(r, 900).response) == n == len(r.mask) == len(r.logprobs)
+    r.mask = [0] * n
+    assert len(trim(r, 900).response) == 1
+
+
+# -- settings, rows, records
+
+@pytest.mark.parametrize("bad, why", [(dict(alpha=2), "alpha"), (dict(l_expect=9, l_max=5), "l_expect"), (dict(variant="papr"), "did you mean 'paper'"), (dict(k=0), "k is 0"),
+                                      (dict(reader="llm"), "reader is 'llm'"), (dict(retrival="x"), "did you mean 'retrieval'"), (dict(score="f2"), "f1")])
+def test_bad_settings(bad, why):
+    with pytest.raises(WebseerError, match=why): agent_config(**bad)
+
+
+@pytest.mark.parametrize("golds", ["Paris", '["Paris"]', {"target": ["Paris"]}, ["Paris"], '{"target": "Paris"}'])
+def test_golds_of_other_sets(golds):
+    assert row_question(dict(raw_prompt=[dict(role="user", content="q")], reward_model=dict(ground_truth=golds))).golds == ("Paris",)
+
+
+def test_records_keep_the_last_attempt(tok, address, tmp_path):
+    r = lambda: run(tok, address, SCRIPTS["correct"])
+    for step, attempt in ((1, "a"), (2, "a"), (2, "b"), (2, "b"), (3, "b")): record_row(tmp_path, r(), step, attempt)
+    record_row(tmp_path, run(tok, address, [RIGHT], row=row(split="test")), 3, "b")
+    kept = recorded(tmp_path)
+    assert {k: [t.meta["attempt"] for t in ts] for k, ts in kept.items()} == {1: ["a"], 2: ["b", "b"], 3: ["b"]}
+    assert [(m["step"], m["rollouts"], m["reward"]) for m in rollout_metrics(tmp_path)] == [(1, 1, .8), (2, 2, .8), (3, 1, .8)]
+    assert list(recorded(tmp_path, "test")) == [3]
+
+
+def test_modules_are_light_without_verl():
+    code = "import sys, webseer.verl_loop, webseer.verl_cpu; print([m for m in ('torch', 'verl', 'ray', 'transformers', 'starlette') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **cpu_env(), "VERL_USE_EXTERNAL_MODULES": ""}).stdout.strip() == "[]"
+
+
+def test_continuer_takes_new_weights(checkpoint):
+    from transformers import AutoModelForCausalLM
+    model, other = AutoModelForCausalLM.from_pretrained(checkpoint), init_weights(Qwen2(ModelConfig(Codec().n, 64, 2, 2, 1, 128)), seed=1)
+    async def go():
+        c = Continuer(model, stop=set())
+        a, _ = await c([5, 6, 7], 8, temperature=0)
+        await c.load({k: v.detach() for k, v in other.state_dict().items()}, step=1)
+        b, lps = await c([5, 6, 7], 8, temperature=0)
+        with pytest.raises(WebseerError, match="no.such"): await c.load({"no.such": model.lm_head.weight})
+        return a, b, lps
+    a, b, lps = run_sync(go())
+    import torch
+    ids, want = [5, 6, 7], []
+    with torch.no_grad():
+        for _ in range(8): ids.append(int(other(torch.tensor([ids]))[0, -1].argmax()))
+    assert b == ids[3:] != a and len(lps) == 8 and all(lp < 0 for lp in lps)
+
+
+def test_load_hf_refuses_what_it_cannot_read(checkpoint, tmp_path):
+    import shutil
+    def broken(change):
+        shutil.rmtree(tmp_path/"x", ignore_errors=True)
+        shutil.copytree(checkpoint, tmp_path/"x")
+        change(tmp_path/"x")
+        return tmp_path/"x"
+    def config(**new):
+        def change(d): (d/"config.json").write_text(json.dumps(json.loads((d/"config.json").read_text()) | new))
+        return change
+    for change, why in ((config(model_type="llama"), "llama"), (config(num_hidden_layers=3), "do not fit"), (lambda d: (d/"model.safetensors").write_bytes(b"junk"), "damaged"),
+                        (lambda d: (d/"tokenizer.json").unlink(), "tokenizer.json is missing"), (lambda d: (d/"config.json").write_text("{"), "damaged"),
+                        (lambda d: (d/"model.safetensors").unlink(), "model.safetensors is missing")):
+        with pytest.raises(WebseerError, match=why): load_hf(broken(change))
+
+
+# -- inside verl
+
+HAVE = importlib.util.find_spec("verl") is not None
+inside = pytest.mark.skipif(not HAVE, reason="needs verl in this Python; test_inside_verl runs these where WEBSEER_VERL names one")
+
+
+@pytest.mark.skipif(HAVE or os.environ.get("WEBSEER_INSIDE") == "1", reason="this Python has verl: its tests run here")
+def test_inside_verl():
+    "The tests below, in the environment of verl."
+    python = os.environ.get("WEBSEER_VERL")
+    if not python: pytest.skip("NOTHING OF verl WAS TESTED: WEBSEER_VERL names no Python with verl (make verl makes one)")
+    root = Path(__file__).resolve().parent.parent
+    r = subprocess.run([python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "in_verl"], capture_output=True, text=True, cwd=root, timeout=300,
+                       env={**os.environ, **cpu_env(), "PYTHONPATH": str(root), "WEBSEER_INSIDE": "1"})
+    print(r.stdout[-3000:])
+    assert r.returncode == 0, r.stdout[-4000:] + r.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def worker(checkpoint, address, tmp_path_factory):
+    "A real AgentLoopWorker of verl, whose engine plays a script."
+    folder = tmp_path_factory.mktemp("verl")
+    import verl
+    from hydra import compose, initialize_config_dir
+    from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
+    from verl.workers.rollout.replica import TokenOutput
+    own = dict(retrieval=address, variant="released", l_expect=500, l_max=700, record=str(folder/"rollouts"), attempts=1)
+    (folder/"agent.yaml").write_text(json.dumps(agent_config(**own)))
+    (folder/"tools.yaml").write_text(json.dumps(tool_config(retrieval=address, variant="released")))
+    words = [w for w in RL_CPU if "ray_init" not in w and "trainer.device" not in w] + [
+        f"actor_rollout_ref.model.path={checkpoint}", "data.max_prompt_length=1000", "data.max_response_length=700", "actor_rollout_ref.rollout.max_model_len=1700",
+        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={folder}/agent.yaml", f"actor_rollout_ref.rollout.multi_turn.tool_config_path={folder}/tools.yaml",
+        "actor_rollout_ref.rollout.multi_turn.max_assistant_turns=9", "actor_rollout_ref.rollout.multi_turn.max_parallel_calls=5",
+        "actor_rollout_ref.rollout.multi_turn.max_tool_response_length=100000", "actor_rollout_ref.rollout.calculate_log_probs=True"]
+    with initialize_config_dir(str(Path(verl.__file__).parent/"trainer"/"config"), version_base=None): cfg = compose("ppo_trainer", overrides=words)
+    w = AgentLoopWorker(cfg, llm_client=None)
+    class Played:
+        def __init__(self): self.turn, self.said, self.broken = {}, {}, set()
+        async def generate(self, request_id, *, prompt_ids, sampling_params, **kw):
+            i = int(w.tokenizer.decode(prompt_ids).split("film ")[1].split("?")[0])
+            if i in self.broken: raise RuntimeError("the engine died")
+            k = self.turn[request_id] = self.turn.get(request_id, -1) + 1
+            replies = list(SCRIPTS.values())[i % len(SCRIPTS)]
+            ids = (w.tokenizer.encode(replies[k] if k < len(replies) else "Done.", add_special_tokens=False) + [w.tokenizer.eos_token_id])[:sampling_params.get("max_tokens", 700)]
+            self.said.setdefault(i, []).extend(ids)
+            return TokenOutput(token_ids=ids, log_probs=[-.25] * len(ids), stop_reason="completed", extra_fields=dict(global_steps=7, min_global_steps=7, max_global_steps=7))
+    w.llm_client = Played()
+    w.folder = folder
+    return w
+
+
+def generate(worker, agent, n=len(SCRIPTS)):
+    import numpy as np
+    import torch
+    from verl.protocol import DataProto
+    from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+    rows = []
+    for i in range(n):
+        r = row(i)
+        kw = tools_kwargs(["Michael Mann"], "w/rl-0-0")
+        rows.append(dict(data_source="miniweb", prompt=r["raw_prompt"], agent_name=agent, ability="search", reward_model=dict(style="rule", ground_truth='["Michael Mann"]'),
+                         extra_info=r["extra_info"] | dict(need_tools_kwargs=True, tools_kwargs=kw)))
+    save_rows(worker.folder/"rl.parquet", rows)
+    ds = RLHFDataset(str(worker.folder/"rl.parquet"), worker.tokenizer, worker.config.data, None)
+    batch = DataProto.from_single_dict(collate_fn([ds[i] for i in range(n)]))
+    batch.non_tensor_batch["global_steps"] = np.array([3] * n)
+    batch.meta_info = dict(validate=False, global_steps=3)
+    worker.llm_client.turn, worker.llm_client.said = {}, {}
+    return asyncio.get_event_loop_policy().get_event_loop().run_until_complete(worker.generate_sequences(batch))
+
+
+@inside
+def test_in_verl_worker_runs_our_loop(worker):
+    out = generate(worker, "webseer")
+    kept = {int(t.meta.get("index", t.qid[1:])): t for t in recorded(worker.folder/"rollouts")[3]}
+    start = worker.config.data.max_prompt_length
+    for i, name in enumerate(SCRIPTS):
+        t, n = kept[i], int(out.batch["attention_mask"][i][start:].sum())
+        response, mask, scores = out.batch["responses"][i][:n].tolist(), out.batch["response_mask"][i].tolist(), out.batch["rm_scores"][i]
+        prompt = out.batch["prompts"][i][out.batch["attention_mask"][i][:start].bool()].tolist()
+        assert (prompt + response, [0] * len(prompt) + mask[:n]) == (t.ids, t.mask), name          # verl trains on what our loop recorded
+        assert not any(mask[n:]) and [x for x, on in zip(response, mask) if on] == worker.llm_client.said[i]
+        want, _ = reward("released", t.submissions, n, dict(alpha=.8, l_expect=500, l_max=700))
+        assert scores.nonzero().flatten().tolist() in ([n - 1], []) and abs(float(scores.sum()) - want) < 1e-6, name
+        assert out.non_tensor_batch["submissions"][i] == len(t.submissions) and out.non_tensor_batch[f"stop_{t.stop}"][i] == 1
+        lps = out.batch["rollout_log_probs"][i][:n].tolist()
+        assert all((lp == -.25) == bool(on) for lp, on in zip(lps, mask))
+    rewards = [round(float(x.sum()), 4) for x in out.batch["rm_scores"]]
+    assert dict(zip(SCRIPTS, rewards)) == {"correct": .8, "once": 1.0, "five wrong": 0.0, "idle": 1.0, "bad json": 1.0, "unknown tool": 1.0, "two calls": .8, "search": 1.0,
+                                           "too long": -1.0, "half": round(.5 * .8 ** 4, 4)}
+
+
+@inside
+def test_in_verl_keeps_a_failed_rollout(worker):
+    worker.llm_client.broken = {1}
+    try: out = generate(worker, "webseer", 3)
+    finally: worker.llm_client.broken = set()
+    assert len(out) == 3 and out.non_tensor_batch["stop_error"].tolist() == [0, 1, 0] and out.batch["response_mask"][1].sum() == 0
+    assert [round(float(x.sum()), 4) for x in out.batch["rm_scores"]] == [.8, 0.0, 0.0]
+
+
+@inside
+def test_in_verl_output_for_its_queue(worker):
+    "What the trainer's queue gets: the reward on the last token, the numbers, the versions of the weights."
+    import hydra
+    from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap, _agent_loop_registry
+    make = lambda **more: hydra.utils.instantiate({**_agent_loop_registry["webseer"], **more}, trainer_config=DictConfigWrap(worker.config), server_manager=worker.llm_client,
+        tokenizer=worker.tokenizer, processor=None, hf_model_type="qwen2", dataset_cls=worker.dataset_cls, data_config=DictConfigWrap(worker.config.data), tools=ToolListWrap([]))
+    with pytest.raises(Exception, match="did you mean 'max_calls'"): make(max_cals=3)
+    loop = asyncio.get_event_loop_policy().get_event_loop()
+    out = loop.run_until_complete(make().run(dict(temperature=1., logprobs=True), **row(0), global_steps=5, uid="u", session_id=2))
+    d = out.as_dict()
+    assert d["rm_scores"][-1] == pytest.approx(.8) and d["rm_scores"][:-1].sum() == 0 and d["response_mask"][-1] == 1 and len(d["rollout_log_probs"]) == len(d["responses"])
+    assert d["extra_fields"]["min_global_steps"] == d["extra_fields"]["max_global_steps"] == 7 and d["extra_fields"]["reward_extra_info"]["submissions"] == 2
+
+
+@inside
+def test_in_verl_tool_loop_with_our_tools(worker):
+    out = generate(worker, "tool_agent")
+    rewards = {}
+    for i, name in enumerate(SCRIPTS):
+        state = out.non_tensor_batch["webseer"][i] if out.non_tensor_batch["webseer"][i] is not None else {}
+        json.dumps(state)                                                                      # plain data: it travels through verl's queue
+        rewards[name] = compute_score("miniweb", "", '["Michael Mann"]', dict(webseer=state), variant="released", l_expect=500, l_max=700)["score"]
+    assert rewards["correct"] == .8 and rewards["once"] == 1 and rewards["five wrong"] == 0 and rewards["search"] == 1 and rewards["idle"] == 0
+    assert len(out.non_tensor_batch["webseer"][list(SCRIPTS).index("five wrong")]["submissions"]) == 5
+    assert rewards["half"] == pytest.approx(.5 * .8 ** 4)
+
+
+@inside
+def test_in_verl_sft_mask_equals_ours(tok, tmp_path):
+    "With a template that verl's own data set can render, its ids are ours, and its mask differs at one place: it trains the line break behind a turn's end."
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+    from webseer import verl_loop
+    talk = first_messages("Who?") + [dict(role="assistant", content=call_text("search", query="x")), dict(role="tool", content="- u\n  a"), dict(role="assistant", content="Good.\n" + RIGHT)]
+    file = str(save_rows(tmp_path/"sft.parquet", [dict(messages=talk), dict(messages=talk[:3])]))
+    t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))     # bytes, and no token across a turn's end
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    t.add_special_tokens([AddedToken(x, special=True, normalized=False) for x in ("<|im_start|>", "<|im_end|>")])
+    qwen = PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=QWEN)
+    theirs, ours = MultiTurnSFTDataset(file, qwen, dict(pad_mode="no_padding", max_length=4096)), verl_loop.ReflectionSet(file, qwen, dict(max_length=4096))
+    newline, end = qwen.encode("\n", add_special_tokens=False)[0], qwen.eos_token_id
+    for a, b in zip(theirs, ours):
+        assert a["input_ids"].tolist() == b["input_ids"].tolist()
+        differ = [i for i, (x, y) in enumerate(zip(a["loss_mask"].tolist(), b["loss_mask"].tolist())) if x != y]
+        ids, mask = b["input_ids"].tolist(), b["loss_mask"].tolist()
+        assert differ == [i + 1 for i, (x, on) in enumerate(zip(ids, mask)) if x == end and on] and all(ids[i] == newline and a["loss_mask"][i] == 1 for i in differ)
+    embedded = verl_loop.ReflectionSet(file, tok, dict(max_length=4096))[0]
+    assert (embedded["input_ids"].tolist(), embedded["loss_mask"].tolist()) == encode_messages(Codec(), talk)
+    with pytest.raises(WebseerError, match="max_length=20"): verl_loop.ReflectionSet(file, tok, dict(max_length=20))[0]
+
+
+@inside
+def test_in_verl_finds_backend_and_platform():
+    code = ("import verl; from verl.plugin.platform import get_platform; from verl.workers.rollout.base import get_rollout_class; "
+            "from verl.workers.rollout.replica import get_rollout_replica_class as r; import pickle, ray.cloudpickle as c; "
+            "p = get_platform(); assert p.device_name == 'cpu' and p.communication_backend_name() == 'gloo' and p.device_module.mem_get_info()[1] > 2**30; "
+            "a, b = get_rollout_class('hf'), r('hf'); assert c.loads(c.dumps(a)) is a and c.loads(c.dumps(b)) is b; print(a.__name__, b.__name__)")
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **cpu_env()})
+    assert r.stdout.split() == ["HFAdapter", "HFReplica"], r.stderr[-2000:]
