@@ -3,7 +3,8 @@
 # make vllm                          set up .venv-vllm: vLLM built for the CPU, in an environment of its own (3 GB)
 # make test-vllm                     serve the embedded checkpoint with it and compare; says so and passes where it cannot be installed
 # make verl                          set up .venv-verl: verl, in an environment of its own (2 GB)
-# make test-verl                     objectives, agent loop, launchers and data against it; says so and passes where it cannot be installed
+# make test-verl                     objectives, agent loop, launchers and data against it, then SFT and SRRL through it on two cores; says so
+#                                    and passes where it cannot be installed
 PROFILE ?= laptop
 PYTHON  ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,13))' 2>/dev/null && { echo $$p; break; }; done)
 CPU_TORCH ?= https://download.pytorch.org/whl/cpu
@@ -51,10 +52,11 @@ $(VERL_READY):
 	$(PYTHON) -m venv .venv-verl
 	$(FIND_TORCH); .venv-verl/bin/python -m pip install --disable-pip-version-check --quiet $$index torch==2.13.0 transformers==5.10.4 \
 	  ray==2.60.0 tensordict==0.10.0 TransferQueue==0.1.11 'omegaconf<2.4' hydra-core torchdata datasets codetiming pyzmq msgspec cachetools \
-	  fastapi==0.136.3 uvicorn dill pybind11 pylatexenc peft accelerate tensorboard -e .
+	  fastapi==0.136.3 uvicorn dill pybind11 pylatexenc peft accelerate tensorboard pytest hypothesis -e .
 	.venv-verl/bin/python -m pip install --disable-pip-version-check --quiet --no-deps verl==0.9.1
 	touch $@
 
 test-verl: $(READY)
-	@if $(MAKE) verl; then WEBSEER_VERL=$(CURDIR)/.venv-verl/bin/python $(BIN)/python -m pytest tests/test_verl_parity.py tests/test_verl_loop.py tests/test_launch.py tests/test_questions.py; \
+	@if $(MAKE) verl; then WEBSEER_VERL=$(CURDIR)/.venv-verl/bin/python $(BIN)/python -m pytest tests/test_verl_parity.py tests/test_verl_loop.py tests/test_launch.py tests/test_questions.py \
+	  && $(BIN)/python bench/verl_cpu.py --verl $(CURDIR)/.venv-verl/bin/python --out outputs/verl-cpu; \
 	else echo "SKIPPED: verl could not be installed on this machine; nothing was compared with it"; fi

@@ -14,7 +14,7 @@ from webseer.rewards import reward, score_answer
 from webseer.verl_cpu import RL_CPU, SFT_CPU, cpu_env, load_hf
 from webseer.verl_loop import (agent_config, encode_chat, recorded, rollout_metrics, save_rows, sft_rows, worlds_app)
 
-SFT_STEPS, SFT_BATCH, RL_STEPS, KILL_AFTER, BATCH, GROUP = 600, 12, 6, 3, 4, 4
+SFT_STEPS, SFT_BATCH, RL_STEPS, KILL_AFTER, BATCH, GROUP = 450, 12, 6, 3, 4, 4
 PROMPT, RESPONSE, L_EXPECT = 96, 480, 240      # tokens
 LOOP = dict(variant="paper", max_submissions=4, max_calls=12, max_turns=16, max_new=24, l_expect=L_EXPECT, l_max=RESPONSE)
 
@@ -128,7 +128,7 @@ def rl_words(p, base, name, address, steps, *more):
             f"data.train_files={p.out}/rl_train.parquet", f"data.val_files={p.out}/rl_val.parquet", f"data.train_batch_size={BATCH}",
             f"data.max_prompt_length={PROMPT}", f"data.max_response_length={RESPONSE}", "data.return_raw_chat=True", "data.truncation=error", "data.shuffle=False",
             f"actor_rollout_ref.model.path={base}", "actor_rollout_ref.model.use_remove_padding=True",
-            "actor_rollout_ref.actor.optim.lr=5e-4", f"actor_rollout_ref.actor.ppo_mini_batch_size={BATCH // 2}", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+            "actor_rollout_ref.actor.optim.lr=2e-4", f"actor_rollout_ref.actor.ppo_mini_batch_size={BATCH // 2}", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
             "actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_coef=0.0001", "actor_rollout_ref.actor.kl_loss_type=low_var_kl",
             "actor_rollout_ref.actor.clip_ratio_low=0.2", "actor_rollout_ref.actor.clip_ratio_high=0.28",
             "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
@@ -150,6 +150,11 @@ def newest(folder):
     except (OSError, ValueError): return 0
 
 
+def logged(path):
+    "Steps whose metrics verl has written."
+    return [r["step"] for r in read_jsonl(path, tolerate_tail=True)] if path.exists() else []
+
+
 def rl(p):
     "verl.trainer.main_ppo from the SFT checkpoint, through our agent loop and over HTTP; killed between steps, and resumed."
     from webseer.remote import running_app
@@ -157,14 +162,14 @@ def rl(p):
     shutil.rmtree(folder, ignore_errors=True)
     with running_app(worlds_app(p.profile)) as address:
         words = rl_words(p, base, "rl", address, RL_STEPS)
-        first = p.run(p.verl, words, "rl-killed.log", p.env() | {"VERL_FILE_LOGGER_PATH": str(p.out/"rl-killed.jsonl")}, kill=lambda: newest(folder) >= KILL_AFTER)
+        first = p.run(p.verl, words, "rl-killed.log", p.env() | {"VERL_FILE_LOGGER_PATH": str(p.out/"rl-killed.jsonl")}, kill=lambda: len(logged(p.out/"rl-killed.jsonl")) >= KILL_AFTER and (folder/"dump"/f"{KILL_AFTER}.jsonl").exists())
         at = newest(folder)
         second = p.run(p.verl, [*words, "trainer.test_freq=1000"], "rl.log", p.env() | {"VERL_FILE_LOGGER_PATH": str(p.out/"rl.jsonl")})
-    before = [r["step"] for r in read_jsonl(p.out/"rl-killed.jsonl", tolerate_tail=True)]
+    before = logged(p.out/"rl-killed.jsonl")
     rows = read_jsonl(p.out/"rl.jsonl")
     after = [r["step"] for r in rows]
-    assert at >= KILL_AFTER and max(before, default=0) <= at + 1 and after == list(range(at + 1, RL_STEPS + 1)), (before, at, after)
-    assert newest(folder) == RL_STEPS
+    assert at >= KILL_AFTER and before == list(range(1, len(before) + 1)) and len(before) <= at + 1 and after == list(range(at + 1, RL_STEPS + 1)), (before, at, after)
+    assert newest(folder) == RL_STEPS and all(r["data"]["training/rollout_probs_diff_mean"] < 1e-4 for r in rows)   # the rollout's weights are the trainer's
     metrics = rollout_metrics(folder/"rollouts")
     assert [m["step"] for m in metrics] == list(range(1, RL_STEPS + 1)) and all(m["rollouts"] == BATCH * GROUP for m in metrics)
     told = [r["data"] for r in rows]
@@ -173,7 +178,7 @@ def rl(p):
             if d["training/global_step"] == m["step"]: assert abs(d["webseer/answer"] - m["answer"]) < 1e-6 and abs(d["critic/score/mean"] - m["reward"]) < 1e-5
     p.note("rl", steps_before_kill=before, checkpoint_at_kill=at, steps_after=after, rewards=[round(m["reward"], 3) for m in metrics],
            stops={k: round(sum(m[k] for m in metrics) / len(metrics), 3) for k in metrics[0] if k.startswith("stop_") and any(m[k] for m in metrics)},
-           probability_difference=[round(d["training/rollout_probs_diff_mean"], 5) for d in told],
+           probability_difference=[round(d["training/rollout_probs_diff_mean"], 8) for d in told],
            validation={k: v for k, v in told[-1].items() if k.startswith("val-core")}, seconds=[round(first, 1), round(second, 1)])
 
 

@@ -217,7 +217,7 @@ def test_numbers_have_the_same_names_always(tok, address):
     assert all(sum(r.numbers[f"stop_{k}"] for k in STOPS) == 1 for r in rolls)
 
 
-@pytest.mark.parametrize("what", ["dead server", "world refused", "engine raises", "engine silent", "no golds", "no prompt", "prompt too long", "bug in a tool"])
+@pytest.mark.parametrize("what", ["dead server", "engine raises", "engine silent", "no golds", "no prompt", "prompt too long", "bug in a tool"])
 def test_failures_are_counted_and_never_raise(tok, address, what, caplog):
     from webseer import verl_loop
     logging.getLogger("webseer.verl").setLevel(logging.WARNING)
@@ -226,7 +226,6 @@ def test_failures_are_counted_and_never_raise(tok, address, what, caplog):
     s = loop_settings(dict(retrieval="http://127.0.0.1:9" if what == "dead server" else address, attempts=1, deadline=3.0))
     engine = dict(zip(("engine raises", "engine silent"), (raises, silent))).get(what) or played(tok, [WRONG, call_text("search", query="x"), RIGHT], tok.eos_token_id)
     r = dict(row(), **({"raw_prompt": []} if what == "no prompt" else {}))
-    if what == "world refused": r["extra_info"]["retrieval"] = "w/no such world"
     if what == "no golds": r["extra_info"]["golds"] = "[]"
     real = verl_loop.row_tools
     class Broken:
@@ -237,9 +236,16 @@ def test_failures_are_counted_and_never_raise(tok, address, what, caplog):
     finally: verl_loop.row_tools = real
     assert out.traj.stop == "error" and out.reward == 0 and out.numbers["stop_error"] == 1 and sum(out.mask) == 0 and out.traj.meta["error"]
     assert 1 <= len(out.response) == len(out.mask) == len(out.logprobs) and len(out.prompt) >= 1 and "ended" in caplog.text
-    if what in ("dead server", "bug in a tool", "world refused"): assert out.numbers["submissions"] == 1 and "nobody" in tok.decode(out.response)   # what was there is kept
+    if what in ("dead server", "bug in a tool"): assert out.numbers["submissions"] == 1 and "nobody" in tok.decode(out.response)   # what was there is kept
     unmasked = run_sync(run_row(r, played(tok, [WRONG, call_text("search", query="x")], tok.eos_token_id), tok, loop_settings(dict(retrieval="http://127.0.0.1:9", attempts=1, mask_errors=False)), 1000, 700))
     if what == "dead server": assert sum(unmasked.mask) > 0 and unmasked.reward == 0
+
+
+def test_a_search_that_the_server_refuses_is_a_failed_call(tok, address):
+    r = row()
+    r["extra_info"]["retrieval"] = "w/no such world"
+    out = run_sync(run_row(r, played(tok, [WRONG, call_text("search", query="x"), RIGHT], tok.eos_token_id), tok, loop_settings(dict(retrieval=address)), 1000, 700))
+    assert out.traj.calls == ["submit_answer", "failed", "submit_answer"] and out.traj.stop == "correct" and out.traj.faults == {"not_found": 1}
 
 
 def test_cancellation_is_not_swallowed(tok, address):

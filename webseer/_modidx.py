@@ -1606,6 +1606,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'webseer.verl_loop.save_rows': ('verl_loop.html#save_rows', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.score_row': ('verl_loop.html#score_row', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.sft_rows': ('verl_loop.html#sft_rows', 'webseer/verl_loop.py'),
+                                   'webseer.verl_loop.step_metrics': ('verl_loop.html#step_metrics', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.tool_config': ('verl_loop.html#tool_config', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.tools_kwargs': ('verl_loop.html#tools_kwargs', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.trim': ('verl_loop.html#trim', 'webseer/verl_loop.py'),

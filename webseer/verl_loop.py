@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['worlds_app', 'LoopSettings', 'loop_settings', 'agent_config', 'row_question', 'row_address', 'Part', 'row_tools',
            'after_reply', 'encode_chat', 'EngineFailed', 'TokenPolicy', 'Rolled', 'trim', 'numbers_of', 'score_row',
-           'run_row', 'record_row', 'recorded', 'rollout_metrics', 'sft_rows', 'save_rows', 'tool_config',
-           'tools_kwargs', 'compute_score']
+           'run_row', 'record_row', 'recorded', 'rollout_metrics', 'sft_rows', 'save_rows', 'step_metrics',
+           'tool_config', 'tools_kwargs', 'compute_score']
 
 # %% ../nbs/14a_verl_loop.ipynb #a8b92493
 import asyncio, json, logging, os, re, time, weakref
@@ -427,6 +427,18 @@ def save_rows(
     return Path(path)
 
 # %% ../nbs/14a_verl_loop.ipynb #6606a51a
+def step_metrics(
+    found: list[dict],  # what the loop left in `extra_fields` of each rollout of a step
+    step: int,  # of the training
+) -> dict[str, float]:  # webseer/<name> -> mean over the rollouts that have the number
+    "A step's rollouts in numbers. Raises WebseerError if not one of them came to an end of its own: there is nothing to train on."
+    found = [f for f in found if "stop_error" in f.get("reward_extra_info", ())]        # rows of other agent loops have none
+    if not found: return {}
+    if all(f["reward_extra_info"]["stop_error"] for f in found):
+        raise WebseerError(f"step {step}: all {len(found)} rollouts ended with an error, the first with: {found[0]['webseer']['error']}. "
+                           "Mend that and start the same command again: the run goes on from its last checkpoint")
+    return {f"webseer/{k}": sum(f["reward_extra_info"][k] for f in found) / len(found) for k in found[0]["reward_extra_info"]}
+
 def _agent_loop():
     "The agent loop that `agent_config` names `webseer`."
     from uuid import uuid4
@@ -450,7 +462,7 @@ def _agent_loop():
                 prompt_ids=r.prompt, response_ids=r.response, response_mask=r.mask, response_logprobs=r.logprobs if sampling_params.get("logprobs") else None,
                 reward_score=r.reward, num_turns=len(r.traj.messages), multi_modal_data={},
                 metrics=AgentLoopMetrics(generate_sequences=r.seconds[0], tool_calls=r.seconds[1]),
-                extra_fields=dict(reward_extra_info=r.numbers, min_global_steps=min(known), max_global_steps=max(known), turn_scores=[], tool_rewards=[]))
+                extra_fields=dict(reward_extra_info=r.numbers, webseer=dict(error=r.traj.meta.get("error", "")), min_global_steps=min(known), max_global_steps=max(known), turn_scores=[], tool_rewards=[]))
     return WebseerAgentLoop
 
 def _plain(x, default):
@@ -466,22 +478,18 @@ def _attempt():
     except Exception: return ""
 
 def _manager():
-    "verl's manager of agent loops, with the numbers of the rollouts among the metrics of each training step."
-    import numpy as np
+    "verl's manager of agent loops; where it is named, the trainer looks at the numbers of the rollouts before it computes advantages."
     import transfer_queue as tq
     from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
-    before = PPOTrainer._compute_metrics
-    def _compute_metrics(self, batch, metrics, *args, **kwargs):
+    before = PPOTrainer._compute_advantage
+    def _compute_advantage(self, batch, metrics):
         keys = [k for k, tag in zip(batch.keys, batch.tags) if not tag.get("is_padding", False)]
-        try:
-            data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-            found = [getattr(x, "data", x).get("reward_extra_info") or {} for x in data["extra_fields"]]
-            metrics.update({f"webseer/{k}": float(np.mean([f[k] for f in found])) for k in found[0] if all(k in f for f in found)})
-        except Exception as e: _log.warning("the numbers of the rollouts could not be added to the metrics (%s: %s)", type(e).__name__, e)
-        return before(self, batch, metrics, *args, **kwargs)
-    if not hasattr(before, "webseer"): _compute_metrics.webseer, PPOTrainer._compute_metrics = True, _compute_metrics
-    class WebseerManager(AgentLoopManagerTQ): "verl's manager; the class is its only change."
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+        metrics.update(step_metrics([getattr(x, "data", x) for x in data["extra_fields"]], self.global_steps))
+        return before(self, batch, metrics)
+    if not hasattr(before, "webseer"): _compute_advantage.webseer, PPOTrainer._compute_advantage = True, _compute_advantage
+    class WebseerManager(AgentLoopManagerTQ): "verl's manager; the trainer's look at the numbers comes with it."
     return WebseerManager
 
 def _reflection_set():
