@@ -63,6 +63,20 @@ except WebseerError as e: print("told", len(read_jsonl(path)))
     assert out.stdout == "told 1\n", out
 
 
+def test_many_appends_at_once_lose_nothing(tmp_path):
+    code = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from webseer.core import append_jsonl
+path, me = sys.argv[1:]
+with ThreadPoolExecutor(16) as pool: list(pool.map(lambda i: append_jsonl(path, {"me": me, "i": i, "page": "y" * 30_000}), range(100)))
+"""
+    path = tmp_path/"rows.jsonl"
+    running = [subprocess.Popen([sys.executable, "-c", code, path, str(k)], env={"PYTHONPATH": str(core.root())}) for k in range(2)]
+    assert [p.wait() for p in running] == [0, 0]
+    assert sorted((r["me"], r["i"]) for r in read_jsonl(path)) == sorted((str(k), i) for k in range(2) for i in range(100))
+
+
 def test_an_interrupted_block_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         with replacing(tmp_path/"a.bin") as tmp:

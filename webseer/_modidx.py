@@ -213,6 +213,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'webseer.core._cast': ('core.html#_cast', 'webseer/core.py'),
                               'webseer.core._disk_error': ('core.html#_disk_error', 'webseer/core.py'),
                               'webseer.core._in': ('core.html#_in', 'webseer/core.py'),
+                              'webseer.core._lock': ('core.html#_lock', 'webseer/core.py'),
                               'webseer.core._mend_tail': ('core.html#_mend_tail', 'webseer/core.py'),
                               'webseer.core._name': ('core.html#_name', 'webseer/core.py'),
                               'webseer.core._plain': ('core.html#_plain', 'webseer/core.py'),

@@ -322,26 +322,32 @@ def _mend_tail(f):
     except ValueError: f.truncate(start)
     else: f.write(b"\n")
 
+def _lock(f):
+    "Wait until no other thread or process has the open file locked; closing it unlocks. Does nothing where the system has no such locks."
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+        fcntl.flock(f, fcntl.LOCK_EX)
+
 def append_jsonl(
     path,  # the file, created if needed
     rows,  # one dict, or an iterable of them
 ) -> Path:
-    "Append rows to a JSONL file; the file never keeps part of a failed append."
+    "Append rows to a JSONL file, also from several threads and processes; the file never keeps part of a failed append."
     path = Path(path)
     rows = [rows] if isinstance(rows, dict) or dataclasses.is_dataclass(rows) else rows
     data = "".join(to_json(r) + "\n" for r in rows).encode()
-    size = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as f:
+        with open(path, "a+b", buffering=0) as f:
+            _lock(f)
             _mend_tail(f)
             size = f.seek(0, os.SEEK_END)
-            f.write(data)
-            f.flush()
-    except OSError as e:
-        if size is not None:
-            with contextlib.suppress(OSError): os.truncate(path, size)
-        raise _disk_error(path, e) from e
+            try:
+                while data: data = data[f.write(data):]
+            except OSError:
+                with contextlib.suppress(OSError): f.truncate(size)
+                raise
+    except OSError as e: raise _disk_error(path, e) from e
     return path
 
 def read_jsonl(
