@@ -356,7 +356,21 @@ def test_launch_resumes_and_keeps_all_metrics(shop, fake, monkeypatch):
     assert [r["reward"] for r in read_jsonl(folder/"metrics.jsonl")] == [0.1, 0.2, 0.3] and "fine" in said
     assert calls(fake)[-1]["args"][-1:] and plan().get("trainer.resume_mode") == "auto" and plan().get("trainer.default_local_dir") == str(folder/"checkpoints")
     L.launch(plan("steps=9"), tell=said.append)                                  # going on for longer is no other run
-    with pytest.raises(WebseerError, match=r"begun with other settings \(actor_rollout_ref.actor.optim.lr = 0.001 there, 0.5 now"): L.launch(plan("lr=0.5"), tell=said.append)
+    with pytest.raises(WebseerError, match=r"begun with other settings \(actor_rollout_ref.actor.optim.lr = 0.0002 there, 0.5 now"): L.launch(plan("lr=0.5"), tell=said.append)
+
+
+def test_a_run_can_be_given_a_time(shop, fake, monkeypatch):
+    fake.write_text(fake.read_text().replace("import ", "import time, ", 1).replace("sys.exit(int(", "print('working', flush=True); time.sleep(60 if os.environ.get('SLOW') else 0)\nsys.exit(int(", 1))
+    monkeypatch.setenv("WEBSEER_VERL", str(fake))
+    monkeypatch.setenv("SLOW", "1")
+    monkeypatch.setattr(L, "check", lambda *a, **k: ["skipped"])
+    plan, begun = rl(shop, profile="verl-cpu", model=shop/"tiny"), []
+    with pytest.raises(WebseerError, match="ended after 1 s without a checkpoint"): L.launch(plan, tell=lambda l: None, seconds=1, started=begun.append)
+    assert begun[0].poll() == -15
+    at = plan.folder/"checkpoints"/"global_step_3"/"actor"/"huggingface"
+    write_text(at/"config.json", "{}")
+    write_text(plan.folder/"checkpoints"/"latest_checkpointed_iteration.txt", "3")
+    assert L.launch(plan, tell=lambda l: None, seconds=1) == plan.folder
 
 
 def test_dry_run_starts_and_leaves_nothing(shop, fake, monkeypatch, outputs):

@@ -11,7 +11,7 @@ __all__ = ['SFT', 'RL', 'STAGES', 'VARIANTS', 'ALGORITHMS', 'HUB', 'OVERHEAD', '
            'save_metrics']
 
 # %% ../nbs/14c_launch.ipynb #2d21393e
-import dataclasses, difflib, functools, importlib.util, json, os, re, shlex, subprocess, sys, tempfile, time
+import contextlib, dataclasses, difflib, functools, importlib.util, json, os, re, shlex, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,6 +93,7 @@ RL = (
     Setting("k", "", None, 5, "re_rag_tool.py", note="search results per query"),
     Setting("first_gold", "", None, True, "re_rag_tool.py", False, "the released tool compares with the first accepted answer alone", ),
     Setting("max_calls", "", None, None, "re_rag_tool.py", 1000, "ours: in effect no cap beside max_turns"),
+    Setting("max_new", "", None, None, "", 0, "ours: tokens of one reply; 0: as many as fit"),
     Setting("tools", "", None, None, "re_rag_tool.py", "web", "ours: web (whole pages), or statements for the mini-web"),
     Setting("record", "", None, None, "", True, "ours: trajectories with tokens and mask in the run's folder"),
     Setting("sp", _A + "ulysses_sequence_parallel_size", None, 2, _RL),
@@ -618,7 +619,7 @@ def plan_rl(
     from webseer.verl_loop import loop_settings
     plan.loop = dict(retrieval=retrieval or p.verl_retrieval, variant=variant, reader="raw" if p.reader == "raw" else "extract", any_url=p.any_url, check=p.reader_check,
                      record=str(plan.folder/"trajectories") if plan["record"] else "",
-                     **{k: plan[k] for k in ("tools", "k", "max_submissions", "max_turns", "max_calls", "alpha", "l_expect", "l_max", "first_gold")})
+                     **{k: plan[k] for k in ("tools", "k", "max_submissions", "max_turns", "max_calls", "max_new", "alpha", "l_expect", "l_max", "first_gold")})
     loop_settings(plan.loop)                                          # refuses what the loop cannot use
     if variant == "released" and plan["aggregation"] == "token-mean" and v["aggregation"].origin == _RL:
         plan.notes.append("the released script says token-mean; what its verl computed is seq-mean-token-mean (--set aggregation=seq-mean-token-mean)")
@@ -928,7 +929,7 @@ def _dataclass(cfg, what):
         raise WebseerError(f"verl refuses the settings of {what}: {text[:300]}") from None
 
 def _instantiate(d, cfg, made):
-    import contextlib, io
+    import io
     from omegaconf import OmegaConf, open_dict
     with contextlib.redirect_stdout(io.StringIO()):
         if d["stage"] == "sft":
@@ -1020,7 +1021,7 @@ def _search_row(d):
     return f"{search_once(address)} hits for one search at {address}"
 
 def _rl_batch(d, cfg, made):
-    import contextlib, io
+    import io
     from verl.experimental.agent_loop import agent_loop as al
     from verl.trainer.ppo.utils import create_rl_dataset
     from verl.utils.dataset.rl_dataset import collate_fn
@@ -1044,7 +1045,7 @@ def _rl_batch(d, cfg, made):
     return "; ".join(out)
 
 def _sft_batch(d, cfg, made):
-    import contextlib, io
+    import io
     from verl.trainer.sft_trainer import create_sft_dataset
     from verl.utils.dataset.dataset_utils import SFTTensorCollator
     from webseer.model import Codec
@@ -1160,11 +1161,42 @@ def _identity(plan):
     keep = {k: v for k, v in plan.overrides.items() if not plumbing(k)}
     return dict(stage=plan.stage, variant=plan.variant, **keep, **{f"agent loop: {k}": v for k, v in plan.loop.items() if k not in ("retrieval", "record")})
 
+def _end(p):
+    "Ask verl's processes to end, and make them end half a minute later."
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(p.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired): p.wait(30)
+        os.killpg(p.pid, signal.SIGKILL)
+
+def _run(plan, tell, seconds, started):
+    "Start verl, pass on its log, and wait: its exit code, the end of its log, and whether it was the clock that ended it."
+    out, late = [], []
+    with open(plan.folder/"log.txt", "a", encoding="utf-8") as f:
+        try: p = subprocess.Popen(plan.command(find_verl()), env={**os.environ, **plan.env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  stdin=subprocess.DEVNULL, text=True, errors="replace", cwd=root(), start_new_session=True)
+        except OSError as e: raise WebseerError(f"verl cannot be started: {e.strerror}") from None
+        clock = threading.Timer(seconds or 0, lambda: (late.append(True), _end(p)))
+        if seconds: clock.start()
+        try:
+            if started: started(p)
+            for line in p.stdout:
+                f.write(line)
+                f.flush()
+                out = [*out[-200:], line]
+                tell(line.rstrip("\n"))
+            return p.wait(), "".join(out), bool(late)
+        except BaseException:
+            _end(p)
+            raise
+        finally: clock.cancel()
+
 def launch(
     plan: Plan,  # what shall be run
     dry_run: bool = False,  # only show and check
     retrieval: bool = True,  # ask the retrieval server, too
     tell=print,  # called with text for people, and with each line of verl's log
+    seconds: float | None = None,  # end verl then; what its last checkpoint holds counts
+    started=None,  # called with verl's process (subprocess.Popen)
 ) -> Path:  # folder of the run
     "Show, check, start verl and wait; a killed run goes on where its last checkpoint was. Raises WebseerError if something is wrong, and if verl fails."
     show(plan, tell)
@@ -1174,24 +1206,11 @@ def launch(
     claim(plan.folder, **_identity(plan))
     write(plan)
     (plan.folder/"metrics").mkdir(parents=True, exist_ok=True)
-    tail, log = [], plan.folder/"log.txt"
-    with open(log, "a", encoding="utf-8") as f:
-        try: p = subprocess.Popen(plan.command(find_verl()), env={**os.environ, **plan.env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-                                  errors="replace", cwd=root(), start_new_session=True)
-        except OSError as e: raise WebseerError(f"verl cannot be started: {e.strerror}") from None
-        try:
-            for line in p.stdout:
-                f.write(line)
-                f.flush()
-                tail = [*tail[-200:], line]
-                tell(line.rstrip("\n"))
-            code = p.wait()
-        except BaseException:
-            import contextlib, signal
-            with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGTERM)
-            raise
+    code, said, late = _run(plan, tell, seconds, started)
     save_metrics(plan.folder)
-    if code: raise WebseerError(f"verl ended with {code}: {_last(''.join(tail))}; its log is {log}, and the same command goes on from the last checkpoint")
+    again = f"its log is {plan.folder/'log.txt'}, and the same command goes on from the last checkpoint"
+    if late and not last_checkpoint(plan.folder): raise WebseerError(f"verl was ended after {seconds:g} s without a checkpoint: give it more time, or save more often (save_freq)")
+    if code and not late: raise WebseerError(f"verl ended with {code}: {_last(said)}; {again}")
     return plan.folder
 
 def ready(

@@ -208,7 +208,7 @@ def update(
         ids, m = pad_stack([t.ids for t in ts], codec.pad), pad_stack([t.mask for t in ts])[:, 1:].float()
         old = pad_stack([t.logprobs for t in ts], 0., torch.float)[:, 1:]
         lp, ent = token_logprobs(model, ids, m, profile.rl_temperature)
-        ratio = ((lp - old) * m).exp()
+        ratio = ((lp - old) * m).clamp(-20, 20).exp()
         loss = -clipped(ratio, adv, profile.clip_low, profile.clip_high)
         if ref is not None:
             with torch.no_grad(): lp_ref, _ = token_logprobs(ref, ids, m, profile.rl_temperature)
