@@ -119,8 +119,27 @@ def test_aliases_beside_2wiki(tmp_path):
     (tmp_path/"dev.json").write_bytes(listed([WIKI]))
     (tmp_path/"id_aliases.json").write_bytes(jsonl([dict(Q_id="Q6", aliases=["no"]), dict(Q_id="Q7", aliases=["A. Vel", "Ada Vel"], demonyms=[])]))
     assert load_set("2wikimultihopqa", "test", tmp_path)[0][0].golds == ("Ada Vel", "A. Vel")
+    (tmp_path/"id_aliases.json").write_bytes(jsonl([dict(Q_id="Q7", aliases=["A. Vel"], demonyms=["Velian"])]))       # the authors' evaluation accepts both
+    assert load_set("2wikimultihopqa", "test", tmp_path)[0][0].golds == ("Ada Vel", "A. Vel", "Velian")
+    (tmp_path/"id_aliases.json").write_bytes(jsonl([dict(Q_id="Q7", aliases=[], demonyms=7)]))
+    assert "id_aliases.json, line 1: the field demonyms" in told(load_set, "2wikimultihopqa", "test", tmp_path)
     (tmp_path/"id_aliases.json").write_bytes(jsonl([dict(Q_id="Q6")]))
     assert "id_aliases.json, line 1: no field aliases" in told(load_set, "2wikimultihopqa", "test", tmp_path)
+
+def test_an_answer_may_begin_with_a_bracket(tmp_path):
+    row = dict(RL, reward_model=dict(style="rule", ground_truth="[REC] (film)"))
+    (tmp_path/"train.parquet").write_bytes(parquet([row]))
+    (tmp_path/"test.parquet").write_bytes(parquet([RL]))
+    assert load_set("webseer-rl", "train", tmp_path)[0][0].golds == ("[REC] (film)",)
+    m = prepare("webseer-rl", tmp_path/"out", {"webseer-rl": tmp_path}, shared="keep")          # a clone holds both parts
+    assert {s: d["questions"] for s, d in m["sets"]["webseer-rl"].items()} == dict(train=1, test=1)
+
+def test_nothing_is_written_where_a_set_is_left_empty(tmp_path):
+    (tmp_path/"NQ-open.train.jsonl").write_bytes(jsonl([dict(question="who?", answer=["a"])]))
+    (tmp_path/"NQ-open.dev.jsonl").write_bytes(jsonl([dict(question="Who", answer=["a"])]))
+    assert "nq, train: no question is left: all are copies of test questions" in told(prepare, ["miniweb", "nq"], tmp_path/"out", {"nq": tmp_path},
+                                                                                      profile="smoke", limit=2)
+    assert not (tmp_path/"out").exists()
 
 @pytest.mark.parametrize("name, file, data", [
     ("triviaqa", "unfiltered-web-dev.json", json.dumps({"Data": [{"Question": "a?", "QuestionId": "1"}, {"Question": "b?", "QuestionId": "2", "Answer": TRIVIA}]}).encode()),

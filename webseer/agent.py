@@ -16,7 +16,7 @@ from .tools import TOOLS, ToolError, ToolFailed
 from .reading import plain
 from .retrieval import is_check
 from .traj import Traj
-from .rewards import feedback_text, score_answer, solved
+from .rewards import as_scored, feedback_text, score_answer, solved
 
 # %% ../nbs/06_agent.ipynb #9ff17243
 INSTRUCTION = ('You answer questions by looking things up. Pages disagree and extracts may be out of date, so check what you find. '
@@ -367,13 +367,14 @@ async def _carry_out(t, tools, name, args, budget, only_submit):
         return ''
 
 def _submit(t, answer, budget):
-    s = dict(answer=answer, **score_answer(answer, t.golds))
-    t.submissions.append(s)
+    t.submissions.append(dict(answer=answer, **score_answer(answer, t.golds)))
     t.calls.append('submit_answer')
+    rules = 'released' if budget.feedback == 'released' else 'paper'
+    seen = as_scored(t.submissions, t.golds, rules)
     if budget.max_submissions == 1: t.stop = 'submitted'
-    elif solved(t.submissions, 'released' if budget.feedback == 'released' else 'paper'): t.stop = 'correct'
+    elif solved(seen, rules): t.stop = 'correct'
     elif len(t.submissions) >= budget.max_submissions: t.stop = 'max_submissions'
-    return '' if t.stop else 'Received.' if budget.feedback == 'none' else feedback_text(t.submissions, budget.feedback)
+    return '' if t.stop else 'Received.' if budget.feedback == 'none' else feedback_text(seen, budget.feedback)
 
 # %% ../nbs/06_agent.ipynb #7ac4360b
 async def rollouts(

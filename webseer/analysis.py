@@ -306,16 +306,18 @@ CURVES = [('loss', 'SFT loss', 'cross-entropy (nats/token)', ('sft',)),
 
 # %% ../nbs/12_analysis.ipynb #e89f9188
 def fig_learning(
-    metrics, # from `load_metrics`
-):           # (figure, table, caption) or None
+    metrics,                           # from `load_metrics`, or rows of `webseer.launch.read_metrics` with stage and seed
+    title:str='Learning curves',       # above the figure
+    stages=('sft', 'single', 'srrl'),  # those one would expect
+):                                     # (figure, table, caption) or None
     "SFT loss, and accuracy, reward, calls, entropy and live groups of both kinds of RL."
     import matplotlib.pyplot as plt, pandas as pd
     if not len(metrics): return None
     tables, windows = [], {}
     fig, axes = plt.subplots(2, 3, figsize=(8, 4.5))
-    for ax, (column, title, unit, stages) in zip(axes.flat, CURVES):
+    for ax, (column, name, unit, shown) in zip(axes.flat, CURVES):
         scale = 100 if '%' in unit else 1
-        for stage in stages:
+        for stage in shown:
             part = metrics[metrics.stage == stage]
             if not len(part) or column not in part or part[column].isna().all(): continue
             windows[stage] = max(1, part.step.nunique()//15)
@@ -329,14 +331,14 @@ def fig_learning(
                 ax.plot(t.step, t['mean']*scale, color=look['color'], linestyle=':', linewidth=1.1)
                 tables.append(t.assign(stage=stage, quantity='best_acc'))
         if not ax.lines: ax.text(.5, .5, 'no data', ha='center', va='center', transform=ax.transAxes, color='#777777')
-        ax.set(title=title, xlabel='SFT step' if stages == ('sft',) else 'RL step', ylabel=unit)
+        ax.set(title=name, xlabel='SFT step' if shown == ('sft',) else 'RL step', ylabel=unit)
         if column in ('live', 'loss', 'entropy'): ax.set_ylim(bottom=0)
-    seeds = {s: sorted(int(k) for k in metrics.seed[metrics.stage == s].unique()) for s in ('sft', 'single', 'srrl')}
-    caption = ('Lines: mean over seeds of the running mean within each seed; bands: range over seeds; dotted: best of all submissions of SRRL. '
-        'Rewards: different formulas (at most 1 for single, at most the decay for SRRL), compare shapes, not heights. ' +
+    seeds = {s: sorted(int(k) for k in metrics.seed[metrics.stage == s].unique()) for s in stages}
+    caption = ('Lines: mean over seeds of the running mean within each seed; bands: range over seeds; dotted: best of all submissions of SRRL. ' +
+        ('Rewards: different formulas (at most 1 for single, at most the decay for SRRL), compare shapes, not heights. ' if seeds.get('single') else '') +
         '; '.join(f'{SHORT[s]}: seeds {", ".join(map(str, k))}, window {windows.get(s, 1)} logged steps' for s, k in seeds.items() if k) + '.')
     if absent := [SHORT[s] for s, k in seeds.items() if not k]: caption += f' Missing here: {", ".join(absent)}.'
-    finish(fig, 'Learning curves', caption, [s for s, k in seeds.items() if k])
+    finish(fig, title, caption, [s for s, k in seeds.items() if k])
     return fig, pd.concat(tables)[['stage', 'quantity', 'step', 'mean', 'low', 'high', 'seeds']], caption
 
 # %% ../nbs/12_analysis.ipynb #7186d3ae

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'STAGES', 'data', 'reproduce', 'analyze', 'ask', 'serve_model', 'view', 'run', 'synth', 'prepare', 'sets',
-           'sft', 'launch', 'audit', 'serve', 'index']
+           'sft', 'launch', 'prove', 'audit', 'serve', 'index']
 
 # %% ../nbs/15_cli.ipynb #de7e6088
 import sys
@@ -335,10 +335,31 @@ def launch(
     "Train at full scale with verl: show the plan, check it, run it, resume it."
     if stage not in ("sft", "srrl"): raise WebseerError(f"unknown stage {stage!r}: {nearest(stage, ('sft', 'srrl'))}")
     p = load_profile(profile)
-    from webseer.launch import launch as run, plan_rl, plan_sft
+    from webseer.launch import launch as run, miniweb_data, plan_rl, plan_sft
+    if not (p.verl_model or train): miniweb_data(p, tell=typer.echo)          # a model from nothing learns on the mini-web
     more = dict(retrieval=retrieval) if stage == "srrl" else {}
     plan = (plan_sft if stage == "sft" else plan_rl)(p, variant, changes=change, train=train, val=val, model=model, folder=folder, **more)
     run(plan, dry_run, tell=lambda line: typer.echo(line))
+
+# %% ../nbs/15_cli.ipynb #a6bc8cae
+@app.command()
+def prove(
+    profile: Annotated[str, typer.Option("--profile", "-p", help="verl-cpu or gpu1.")] = "verl-cpu",
+    variant: Annotated[str, typer.Option("--variant", help="paper or released: whose settings.")] = "paper",
+    change: Annotated[Optional[list[str]], typer.Option("--set", help="key=value of the profile; repeat for several.", show_default=False)] = None,
+    sft: Annotated[Optional[list[str]], typer.Option("--sft", help="key=value, a setting of SFT.", show_default=False)] = None,
+    rl: Annotated[Optional[list[str]], typer.Option("--rl", help="key=value, a setting of SRRL.", show_default=False)] = None,
+    engine: Annotated[str, typer.Option("--engine", help="hf or vllm: who generates. Default: the profile's.", show_default=False)] = "",
+    kill_after: Annotated[int, typer.Option("--kill-after", help="Steps of SRRL after which verl is killed once; 0: never.")] = 3,
+    minutes: Annotated[Optional[float], typer.Option("--minutes", help="For everything. Default: no limit.", show_default=False)] = None,
+    figures: Annotated[Optional[Path], typer.Option("--figures", help="Default: figures/<profile>.", show_default=False)] = None,
+):
+    "Walk the whole road on verl: SFT and SRRL from an untrained model, every claim checked."
+    from webseer.core import figures_dir
+    from webseer.launch import pairs
+    from webseer.proof import prove as run
+    p = load_profile(profile, **{k: str(v) for k, v in pairs(change).items()})
+    run(p, variant, figures or figures_dir(p), sft=sft or "", rl=rl or "", engine=engine, kill_after=kill_after, minutes=minutes, tell=typer.echo)
 
 # %% ../nbs/15_cli.ipynb #12a313d3
 @app.command()

@@ -413,8 +413,9 @@ def _spans(mask):
 
 def _says(text, message):
     "Whether a decoded span is what the message says."
-    calls = [(c["function"]["name"], _arguments(c["function"]["arguments"])) for c in message.get("tool_calls") or []]
-    text, content = (x.replace("\ufffd", "") for x in (text, message.get("content") or ""))     # of half a character servers make what they like
+    plain = lambda x: x.replace("\\ufffd", "").replace("\ufffd", "")                     # of half a character servers make what they like
+    calls = [(plain(c["function"]["name"]), _arguments(plain(c["function"]["arguments"]))) for c in message.get("tool_calls") or []]
+    text, content = plain(text), plain(message.get("content") or "")
     if "</think>" in text and "</think>" not in content: text, content = text.rpartition("</think>")[2].lstrip(), content.lstrip()
     if calls and "<tool_call>" not in text: return all(name in text for name, _ in calls)
     if not calls: return text.rstrip() == content.rstrip()

@@ -1231,7 +1231,8 @@ def ready(
 
 # %% ../nbs/14c_launch.ipynb #cbf522fb
 _RL_COLUMNS = dict(reward="critic/score/mean", entropy="actor/entropy", kl="actor/kl_loss", clip_frac="actor/pg_clipfrac", grad_norm="actor/grad_norm", lr="actor/lr",
-                   truncated="response_length/clip_ratio", turns="num_turns/mean", seconds="perf/time_per_step", tokens_per_second="perf/throughput", mfu="perf/mfu/actor")
+                   truncated="response_length/clip_ratio", turns="num_turns/mean", seconds="perf/time_per_step", tokens_per_second="perf/throughput", mfu="perf/mfu/actor",
+                   probs_diff="training/rollout_probs_diff_mean")
 _SFT_COLUMNS = dict(loss="train/loss", lr="train/lr", grad_norm="train/grad_norm", tokens="train/global_tokens", val_loss="val/loss", mfu="train/mfu")
 
 def _logged(folder):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'CONSTANTS', 'DEFAULTS', 'MAX_SUBMISSIONS', 'REWARDS', 'normalise', 'em', 'f1', 'recall', 'cover_em',
            'score_answer', 'released_recall', 'table', 'length_penalty', 'webseer_paper', 'webseer_released', 'reward',
-           'solved', 'feedback_text', 'finished', 'probes', 'set_f1', 'vulnerability', 'exposure']
+           'as_scored', 'solved', 'feedback_text', 'finished', 'probes', 'set_f1', 'vulnerability', 'exposure']
 
 # %% ../nbs/05_rewards.ipynb #26d621c6
 import math, re, string
@@ -99,7 +99,7 @@ CONSTANTS = [  # name, paper (arXiv 2510.18798), released code (99hgz/WebSeer at
     ("what L counts", "the response", "the response with all tool text (naive.py)", "n_tokens, decided by the caller"),
     ("most submissions, training", "20", "5 (sglang_rollout.py: count > 4)", "as the variant"),
     ("score that ends the rollout", "unknown", "recall > 0.9 (re_rag_tool.py)", "paper: F1 = 1"),
-    ("gold aliases", "unknown", "first only (re_rag_tool.py)", "all; first only with cfg['golds']"),
+    ("gold aliases", "unknown", "first only (re_rag_tool.py)", "paper: all; released: first only (reward: where cfg names golds)"),
 ]
 
 DEFAULTS = dict(alpha=0.8, l_expect=21808, l_max=30000)  # from the released code; the paper does not state them
@@ -207,6 +207,15 @@ def reward(
 
 # %% ../nbs/05_rewards.ipynb #6773a98b
 def _so_far(subs): return [subs] if isinstance(subs, dict) else list(subs)
+
+def as_scored(
+    subs: list,              # submissions of a rollout
+    golds: list,             # its gold answers
+    variant: str = "paper",  # paper or released
+) -> list:                   # the same for the paper; with the released tool's recall in the place of ours for the released code
+    "Submissions as the environment scores them: the released tool knows the first gold alone, and reads hyphens as blanks (re_rag_tool.py)."
+    if variant != "released": return subs
+    return [s | dict(recall=released_recall(s["answer"], golds)) for s in subs]
 
 def solved(
     subs,                    # the submission, or all submissions so far

@@ -165,6 +165,7 @@ def score_rollout(
     "Fill in reward and its parts."
     name = 'single' if stage == 'single' else profile.reward
     cfg = dict(alpha=profile.decay, score=profile.reward_score, l_expect=.75 * profile.max_tokens, l_max=profile.max_tokens)
+    if name == 'released': cfg['golds'] = t.golds                                   # its tool scores with the first gold alone (chapter 5)
     t.reward, t.parts = reward(name, t.submissions, len(t.ids), cfg)
     return t
 
