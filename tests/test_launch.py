@@ -2,18 +2,23 @@
 
 Dry runs need verl (WEBSEER_VERL names its Python); all of them share one process of it, because verl takes seconds to import.
 """
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from webseer import launch as L
+from webseer import plan as P
+from webseer.batch import sole_user
 from webseer.core import WebseerError, load_profile, read_jsonl, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +36,7 @@ def shop(tmp_path_factory):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     from webseer.model import Codec, ModelConfig, Qwen2, save_checkpoint
     here, codec = tmp_path_factory.mktemp("launch"), Codec()
-    for name in ("3b", "7b", "14b"): L.outline(here/name, L.HUB[f"Qwen/Qwen2.5-{name.upper()}-Instruct"])
+    for name in ("3b", "7b", "14b"): P.outline(here/name, P.HUB[f"Qwen/Qwen2.5-{name.upper()}-Instruct"])
     save_checkpoint(here/"tiny", Qwen2(ModelConfig(codec.n, 64, 2, 2, 1, 64)), codec)
     pq.write_table(pa.Table.from_pylist([rl_row(i) for i in range(32)]), here/"rl.parquet")
     pq.write_table(pa.Table.from_pylist([dict(messages=TALK)] * 64), here/"sft.parquet")
@@ -56,17 +61,17 @@ def outputs(tmp_path, monkeypatch):
 
 
 def rl(shop, *changes, profile="paper-14b", variant="released", model=None, **more):
-    return L.plan_rl(load_profile(profile), variant, list(changes), train=more.pop("train", shop/"rl.parquet"), val=more.pop("val", shop/"rl.parquet"),
+    return P.plan_rl(load_profile(profile), variant, list(changes), train=more.pop("train", shop/"rl.parquet"), val=more.pop("val", shop/"rl.parquet"),
                      model=model or shop/profile.split("-")[-1], **more)
 
 
 def sft(shop, *changes, profile="paper-14b", variant="released", model=None, **more):
-    return L.plan_sft(load_profile(profile), variant, list(changes), train=more.pop("train", shop/"sft.parquet"), val=more.pop("val", shop/"sft.parquet"),
+    return P.plan_sft(load_profile(profile), variant, list(changes), train=more.pop("train", shop/"sft.parquet"), val=more.pop("val", shop/"sft.parquet"),
                       model=model or shop/profile.split("-")[-1], **more)
 
 
 def only(plan):
-    found = L.problems(plan)
+    found = P.problems(plan)
     assert len(found) == 1, found
     return next(iter(found.items()))
 
@@ -74,7 +79,7 @@ def only(plan):
 # ---- settings
 
 def test_released_rl_settings_are_the_scripts():
-    v = {k: x.value for k, x in L.resolve("srrl", load_profile("paper-14b"), "released").items()}
+    v = {k: x.value for k, x in P.resolve("srrl", load_profile("paper-14b"), "released").items()}
     want = dict(algorithm="grpo", lr=1e-6, prompts=24, mini=12, group=6, kl=1e-4, kl_loss=True, kl_type="low_var_kl", clip_low=0.2, clip_high=0.28, temperature=0.6, top_k=50,
                 max_turns=20, max_submissions=5, max_prompt=1024, max_response=30000, l_expect=21808, l_max=30000, alpha=0.8, steps=200, epochs=3, save_freq=10, sp=2, tp=1,
                 rollout_memory=0.7, log_prob_micro=4, ref_log_prob_micro=1, gpus=6, entropy=0, micro_batch=1, kl_in_reward=False, first_gold=True)
@@ -82,24 +87,25 @@ def test_released_rl_settings_are_the_scripts():
 
 
 def test_paper_rl_settings_and_what_stands_in():
-    r = L.resolve("srrl", load_profile("paper-14b"), "paper")
+    r = P.resolve("srrl", load_profile("paper-14b"), "paper")
     want = dict(prompts=12, group=8, max_turns=30, steps=100, max_submissions=20)
     assert {k: r[k].value for k in want} == want and all(r[k].origin == "paper" for k in want)
     assert r["lr"].value == 1e-6 and r["lr"].origin.startswith("unknown in the paper") and not r["first_gold"].value
 
 
 def test_sft_settings_make_old_defaults_explicit():
-    p = L.plan_sft(load_profile("paper-7b"), "released")
+    p = P.plan_sft(load_profile("paper-7b"), "released")
     words = set(p.words)
-    assert {"optim.betas=[0.9,0.95]", "optim.weight_decay=0.01", "optim.clip_grad=1.0", "optim.lr_warmup_steps_ratio=0.1", "optim.lr_scheduler_type=cosine", "data.use_dynamic_bsz=false",
+    assert {"optim.betas=[0.9,0.95]", "optim.weight_decay=0.01", "optim.clip_grad=1.0", "optim.lr_warmup_steps_ratio=0.1",
+            "optim.lr_scheduler_type=cosine", "data.use_dynamic_bsz=false",
             "data.max_length=16384", "data.train_batch_size=64", "optim.lr=1e-06", "trainer.total_epochs=4", "engine.ulysses_sequence_parallel_size=4", "engine.strategy=fsdp2",
             "data.truncation=error", "trainer.n_gpus_per_node=8"} <= words
-    assert p["micro_batch"] == 4 and L.plan_sft(load_profile("paper-3b"), "released")["micro_batch"] == 8
+    assert p["micro_batch"] == 4 and P.plan_sft(load_profile("paper-3b"), "released")["micro_batch"] == 8
 
 
 def test_table_has_every_setting_once_with_its_origin():
-    rows = L.settings_table(load_profile("paper-14b"), "paper")
-    assert len(rows) == len(L.SFT) + len(L.RL) and all(r["origin"] for r in rows)
+    rows = P.settings_table(load_profile("paper-14b"), "paper")
+    assert len(rows) == len(P.SFT) + len(P.RL) and all(r["origin"] for r in rows)
     lr = next(r for r in rows if r["stage"] == "srrl" and r["key"] == "lr")
     assert lr["paper"] == "unknown" and lr["released"] == 1e-6 and lr["verl"] == "actor_rollout_ref.actor.optim.lr"
 
@@ -109,7 +115,7 @@ def test_verl_settings_do_not_change_a_profile_s_fingerprint():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (["promts=3"], "did you mean 'prompts'"), (["lr=fast"], "no float"), (["lr"], "write key=value"), (["group=2.5"], "no int"), (["kl_loss=3"], "no bool"),
+    (["promts=3"], "did you mean 'prompts'"), (["lr=fast"], "no float"), (["lr"], "write key=value"), (["group=2.5"], "no int"), (["group=Infinity"], "no int"), (["kl_loss=3"], "no bool"),
     (["verl_rolout=hf"], "did you mean 'verl_rollout'"), (["verl_algorithm=gpro"], "did you mean 'grpo'"), (["verl_gpus=0"], "at least 1"), (["tools=pages"], "agent loop: tools is 'pages'")])
 def test_wrong_changes(shop, changes, message):
     with pytest.raises(WebseerError, match=re.escape(message)): rl(shop, *changes)
@@ -117,9 +123,9 @@ def test_wrong_changes(shop, changes, message):
 
 def test_unknown_stage_variant_profile_list(shop, monkeypatch):
     with pytest.raises(WebseerError, match="did you mean 'released'"): rl(shop, variant="relased")
-    with pytest.raises(WebseerError, match="unknown stage 'rl'"): L.resolve("rl", load_profile("laptop"), "paper")
-    with pytest.raises(WebseerError, match="verl_rl of profile"): L.resolve("srrl", load_profile("paper-14b", verl_rl="lr"), "paper")
-    with pytest.raises(WebseerError, match="profile paper-14b"): L.resolve("srrl", load_profile("paper-14b", verl_rl="lrr=1"), "paper")
+    with pytest.raises(WebseerError, match="unknown stage 'rl'"): P.resolve("rl", load_profile("laptop"), "paper")
+    with pytest.raises(WebseerError, match="verl_rl of profile"): P.resolve("srrl", load_profile("paper-14b", verl_rl="lr"), "paper")
+    with pytest.raises(WebseerError, match="profile paper-14b"): P.resolve("srrl", load_profile("paper-14b", verl_rl="lrr=1"), "paper")
 
 
 def test_changes_reach_the_right_place(shop):
@@ -139,6 +145,27 @@ def test_algorithms(shop, name, want):
     p = rl(shop, f"verl_algorithm={name}")
     assert {k: p.get(k) for k in want} == want
     assert name != "ppo" or p.memory.parts["optimizer"] > 1.9 * rl(shop).memory.parts["optimizer"]
+
+
+def test_the_reader_is_the_profile_s_whatever_is_published(shop):
+    v = rl(shop).values["reader"]
+    assert v.published == dict(paper="llm", released="llm") and v.value == load_profile("paper-14b").reader == "extract" and "profile" in v.origin
+    assert P.plan_rl(load_profile("paper-14b", reader="raw"), "paper", model=shop/"14b").loop["reader"] == "raw"
+    assert rl(shop, "reader=raw").loop["reader"] == "raw"
+    with pytest.raises(WebseerError, match="agent loop: reader is 'book'"): rl(shop, "reader=book")
+
+
+def test_the_figures_file_is_always_written(shop):
+    p = P.plan_rl(load_profile("paper-14b", verl_loggers="wandb"), "paper", model=shop/"14b")
+    assert p.get("trainer.logger") == ["wandb", "file"]
+
+
+def test_dapo_says_that_nothing_bounds_it(shop):
+    assert any("sets no limit" in n for n in rl(shop, "verl_algorithm=dapo").notes) and not any("limit" in n for n in rl(shop).notes)
+
+
+def test_a_hub_model_of_unknown_shape_is_said_to_be_unchecked():
+    assert any("not checked" in n for n in P.plan_rl(load_profile("paper-14b"), "paper", model="somebody/some-model").notes)
 
 
 def test_a_setting_beats_the_algorithm(shop):
@@ -174,9 +201,18 @@ def test_a_setting_beats_the_algorithm(shop):
     ("division", ["prompts=13", "group=5", "mini=13"], "cannot be shared by 6 GPUs"),
     ("division", ["mini=48"], "more than the 24 questions"),
     ("division", ["sp=4"], "groups of sp = 4"),
+    ("ignored-key", ["algorithm.filter_groups.max_num_gen_batches=10"], "is ignored by verl 0.9.1"),
+    ("ignored-key", ["data.gen_batch_size=48"], "is ignored by verl 0.9.1"),
+    ("ignored-key", ["verl_algorithm=dapo", "trainer.v1.sampler.custom_sampler.path=/x.py"], "leave out trainer.v1.sampler.custom_sampler"),
+    ("group-metric", ["verl_algorithm=dapo", "algorithm.filter_groups.metric=acd"], "did you mean 'acc'"),
+    ("old-trainer", ["trainer.use_v1=false"], "leave trainer.use_v1 at true"),
+    ("critic-attention", ["critic.enable=true", "verl_attention=sdpa", "sp=1"], "then webseer opens it"),
+    ("micro-batches", ["log_prob_micro=5"], "the 48 sequences of a GPU cannot be divided into micro batches of 5: set log_prob_micro"),
+    ("micro-batches", ["micro_batch=7"], "the 24 sequences of a GPU"),
+    ("failed-groups", ["trainer.v1.sampler.sync_refill_failed_groups=false"], "would end the run"),
 ])
 def test_refusals_of_srrl(shop, name, changes, message):
-    found = L.problems(rl(shop, *changes))
+    found = P.problems(rl(shop, *changes))
     said = found[name]
     assert message in said and said.count(". ") == 0 and "\n" not in said
     assert set(found) <= {name, "memory"}
@@ -184,20 +220,22 @@ def test_refusals_of_srrl(shop, name, changes, message):
 
 def test_nothing_is_refused_that_is_right(shop):
     for profile in ("paper-14b", "paper-7b", "paper-3b"):
-        for variant in L.VARIANTS:
-            for plan in (rl(shop, profile=profile, variant=variant), sft(shop, profile=profile, variant=variant)): assert not L.problems(plan), plan
-    assert not L.problems(rl(shop, "top_k=-1", "algorithm.rollout_correction.rollout_is=token"))
-    assert not L.problems(rl(shop, profile="gpu1", model=shop/"tiny"))
+        for variant in P.VARIANTS:
+            for plan in (rl(shop, profile=profile, variant=variant), sft(shop, profile=profile, variant=variant)): assert not P.problems(plan), plan
+    assert not P.problems(rl(shop, "top_k=-1", "algorithm.rollout_correction.rollout_is=token"))
+    assert not P.problems(rl(shop, profile="gpu1", model=shop/"tiny"))
 
 
 def test_one_gpu_wants_one_copy(shop):
     p = rl(shop, R + "tensor_model_parallel_size=2", profile="gpu1", model=shop/"tiny")
-    assert "wants 2 GPUs for one copy" in L.problems(p)["tensor-parallel"]
+    assert "wants 2 GPUs for one copy" in P.problems(p)["tensor-parallel"]
 
 
 @pytest.mark.parametrize("name, changes, message", [
-    ("sequence-parallel", ["verl_attention=eager"], "with eager"), ("division", ["batch=3"], "2 data-parallel groups"), ("memory", ["micro_batch=8"], "lower micro_batch"),
-    ("model", ["verl_params=7.6"], "7.6")])
+    ("sequence-parallel", ["verl_attention=eager"], "with eager"), ("division", ["batch=3"], "2 data-parallel groups"),
+    ("micro-batches", ["micro_batch=3"], "the 32 sequences of a GPU"), ("memory", ["micro_batch=8"], "lower micro_batch"),
+    ("model", ["verl_params=7.6"], "7.6"), ("truncation", ["truncation=left"], "on the right all the same"),
+    ("pad-mode", ["data.pad_mode=right"], "leave it at no_padding")])
 def test_refusals_of_sft(shop, name, changes, message):
     got, said = only(sft(shop, *changes))
     assert got == name and message in said
@@ -217,60 +255,64 @@ def test_models_that_are_none(shop, tmp_path, outputs):
     with pytest.raises(WebseerError, match="damaged"): sft(shop, model=tmp_path/"broken")
     write_text(tmp_path/"other"/"config.json", '{"architectures": ["BertModel"]}')
     with pytest.raises(WebseerError, match="not the configuration of a decoder"): sft(shop, model=tmp_path/"other")
-    with pytest.raises(WebseerError, match="run `webseer launch sft` first"): L.plan_rl(load_profile("paper-14b"), "paper")
-    assert L.plan_rl(load_profile("paper-14b"), "paper", model="somebody/some-model").shape is None
+    with pytest.raises(WebseerError, match="run `webseer launch sft` first"): P.plan_rl(load_profile("paper-14b"), "paper")
+    assert P.plan_rl(load_profile("paper-14b"), "paper", model="somebody/some-model").shape is None
 
 
 def test_srrl_starts_from_the_last_sft_checkpoint(shop):
     p = load_profile("paper-14b")
-    folder = L.run_folder(p, "sft", "paper")/"checkpoints"
+    folder = P.run_folder(p, "sft", "paper")/"checkpoints"
     for step in (72, 144): write_json(folder/f"global_step_{step}"/"huggingface"/"config.json", QWEN | SIZES["14b"])
     write_text(folder/"latest_checkpointed_iteration.txt", "72")
-    assert L.plan_rl(p, "paper").model.endswith("global_step_72/huggingface")
+    assert P.plan_rl(p, "paper").model.endswith("global_step_72/huggingface")
 
 
 def test_heads_for_vllm_on_the_cpu(shop, tmp_path):
     write_json(tmp_path/"narrow"/"config.json", QWEN | SIZES["3b"] | dict(hidden_size=32, num_attention_heads=2))
-    found = L.problems(rl(shop, "verl_rollout=vllm", profile="verl-cpu", model=tmp_path/"narrow"))
+    found = P.problems(rl(shop, "verl_rollout=vllm", profile="verl-cpu", model=tmp_path/"narrow"))
     assert "heads of 16 dimensions" in found["head-width"]
-    assert "offload_policy" in L.problems(rl(shop, "actor_rollout_ref.actor.fsdp_config.offload_policy=true", profile="verl-cpu", model=shop/"tiny"))["offload-policy"]
+    assert "leave it at fsdp2" in P.problems(sft(shop, "engine.strategy=fsdp", profile="verl-cpu", model=shop/"tiny"))["old-fsdp"]
+    assert "offload_policy" in P.problems(rl(shop, "actor_rollout_ref.actor.fsdp_config.offload_policy=true", profile="verl-cpu", model=shop/"tiny"))["offload-policy"]
 
 
 # ---- memory
 
 def test_memory_counts():
     from dataclasses import replace
-    s, v = L.HUB["Qwen/Qwen2.5-14B-Instruct"], {k: x.value for k, x in L.resolve("srrl", load_profile("paper-14b"), "released").items()}
-    m = L.rl_memory(s, v, 6)
+    s, v = P.HUB["Qwen/Qwen2.5-14B-Instruct"], {k: x.value for k, x in P.resolve("srrl", load_profile("paper-14b"), "released").items()}
+    m = P.rl_memory(s, v, 6)
     assert m.parts["optimizer"] == pytest.approx(8 * s.params / 6 / 2**30) and m.parts["rollout weights"] == pytest.approx(2 * s.params / 2**30)
     assert m.parts["logits"] == pytest.approx(8 * 31024 / 2 * 152064 / 2**30) and m.cache_tokens == int((56 - m.parts["rollout weights"]) * 2**30 / (4 * 48 * 1024))
-    assert m.phases["update"] == pytest.approx(sum(m.parts[k] for k in ("weights", "gradients", "optimizer", "gathered", "activations", "logits")) + L.OVERHEAD)
-    more = [L.rl_memory(s, v, 12), L.rl_memory(s, v | dict(sp=4), 6), L.rl_memory(replace(s, layers=24), v, 6), L.rl_memory(s, v | dict(max_response=15000), 6)]
+    assert m.phases["update"] == pytest.approx(sum(m.parts[k] for k in ("weights", "gradients", "optimizer", "gathered", "activations", "logits")) + P.OVERHEAD)
+    more = [P.rl_memory(s, v, 12), P.rl_memory(s, v | dict(sp=4), 6), P.rl_memory(replace(s, layers=24), v, 6), P.rl_memory(s, v | dict(max_response=15000), 6)]
     assert all(x.phases["update"] < m.phases["update"] for x in more)
-    assert L.rl_memory(s, v, 6, offload=False).phases["generate"] == pytest.approx(m.phases["generate"] + m.parts["weights"] + m.parts["optimizer"]) and not L.rl_memory(s, v | dict(kl_loss=False), 6, offload=False).host
-    assert L.rl_memory(s, v | dict(checkpointing=False), 6).peak > 2 * m.peak
+    stays = P.rl_memory(s, v, 6, offload=False)
+    assert stays.phases["generate"] == pytest.approx(m.phases["generate"] + m.parts["weights"] + m.parts["optimizer"])
+    assert not P.rl_memory(s, v | dict(kl_loss=False), 6, offload=False).host
+    assert P.rl_memory(s, v | dict(checkpointing=False), 6).peak > 2 * m.peak
 
 
 @pytest.mark.parametrize("name, params", [("3b", 3.09), ("7b", 7.62), ("14b", 14.77)])
 def test_shape_of_a_folder_and_of_the_hub(shop, name, params):
     assert SIZES[name].items() <= json.loads((shop/name/"config.json").read_text()).items()
-    s = L.model_shape(shop/name)
-    assert s == L.HUB[f"Qwen/Qwen2.5-{name.upper()}-Instruct"] and s.params / 1e9 == pytest.approx(params, abs=0.01)
+    s = P.model_shape(shop/name)
+    assert s == P.HUB[f"Qwen/Qwen2.5-{name.upper()}-Instruct"] and s.params / 1e9 == pytest.approx(params, abs=0.01)
 
 
 def test_params_are_those_of_the_real_model(shop):
     from webseer.model import load_checkpoint
     real = sum(p.numel() for n, p in load_checkpoint(shop/"tiny")[0].named_parameters() if p.ndim == 2)
-    assert L.model_shape(shop/"tiny").params == real
+    assert P.model_shape(shop/"tiny").params == real
 
 
 # ---- what is shown and written
 
 def test_show_tells_everything(shop):
     p = rl(shop)
-    text = L.show(p, tell=None)
-    for part in ("variant released", "6 GPUs of 80 GiB", "lr", "peak", "without offload", "4,467,456 tokens, 2 updates", "data.train_batch_size=24", "VERL_FILE_LOGGER_PATH="): assert part in text
-    assert "refused [tool-text]" in L.show(rl(shop, R + "multi_turn.max_tool_response_length=9"), tell=None)
+    text = P.show(p, tell=None)
+    for part in ("variant released", "6 GPUs of 80 GiB", "lr", "peak", "without offload", "4,467,456 tokens, 2 updates",
+                 "data.train_batch_size=24", "VERL_FILE_LOGGER_PATH="): assert part in text
+    assert "refused [tool-text]" in P.show(rl(shop, R + "multi_turn.max_tool_response_length=9"), tell=None)
 
 
 @pytest.fixture
@@ -278,15 +320,19 @@ def fake(tmp_path):
     "A program in the place of verl's Python: it notes how it was called, logs two steps, and ends as told."
     path = tmp_path/"python"
     path.write_text(f"#!{sys.executable}\n" + """
-import json, os, sys
+import json, os, sys, time
 here = os.path.dirname(os.path.abspath(__file__))
-with open(os.path.join(here, "calls.jsonl"), "a") as f: f.write(json.dumps(dict(args=sys.argv[1:], file=os.environ.get("VERL_FILE_LOGGER_PATH"), ray=os.environ.get("RAY_ADDRESS"))) + "\\n")
+call = dict(args=sys.argv[1:], file=os.environ.get("VERL_FILE_LOGGER_PATH"), ray=os.environ.get("RAY_ADDRESS"))
+with open(os.path.join(here, "calls.jsonl"), "a") as f: f.write(json.dumps(call) + "\\n")
 if sys.argv[1] == "-c": sys.exit(0)
 n = int(os.environ.get("START", 1))
 if os.environ.get("VERL_FILE_LOGGER_PATH"):
     with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as f:
         for s in (n, n + 1): f.write(json.dumps({"step": s, "data": {"critic/score/mean": s / 10}}) + "\\n")
 print("RuntimeError: out of luck" if os.environ.get("FAIL") else "fine")
+if os.environ.get("SLOW"):
+    print("working", flush=True)
+    time.sleep(60)
 sys.exit(int(os.environ.get("FAIL", 0)))
 """)
     path.chmod(0o755)
@@ -306,7 +352,8 @@ def test_scripts_run_the_same_command(shop, fake, tmp_path, monkeypatch):
         first, second = calls(fake)[-2:]
         assert [w for w in first["args"] if "VERL_FILE_LOGGER_PATH" not in w] == [w for w in plan.command()[1:] if "VERL_FILE_LOGGER_PATH" not in w]
         assert (first["file"], second["file"]) == tuple(str(plan.folder/"metrics"/f"verl-00{i}.jsonl") for i in (0, 1))
-        assert plan.stage == "sft" or any(w.endswith(f"VERL_FILE_LOGGER_PATH='{second['file']}'") for w in second["args"]) or any(second["file"].replace("'", "\\'") in w for w in second["args"])
+        told = [w for w in second["args"] if "VERL_FILE_LOGGER_PATH" in w]
+        assert plan.stage == "sft" or told[0].endswith(f"VERL_FILE_LOGGER_PATH='{second['file']}'") or second["file"].replace("'", "\\'") in told[0]
 
 
 @pytest.mark.parametrize("nodes", [1, 3])
@@ -360,7 +407,6 @@ def test_launch_resumes_and_keeps_all_metrics(shop, fake, monkeypatch):
 
 
 def test_a_run_can_be_given_a_time(shop, fake, monkeypatch):
-    fake.write_text(fake.read_text().replace("import ", "import time, ", 1).replace("sys.exit(int(", "print('working', flush=True); time.sleep(60 if os.environ.get('SLOW') else 0)\nsys.exit(int(", 1))
     monkeypatch.setenv("WEBSEER_VERL", str(fake))
     monkeypatch.setenv("SLOW", "1")
     monkeypatch.setattr(L, "check", lambda *a, **k: ["skipped"])
@@ -371,6 +417,52 @@ def test_a_run_can_be_given_a_time(shop, fake, monkeypatch):
     write_text(at/"config.json", "{}")
     write_text(plan.folder/"checkpoints"/"latest_checkpointed_iteration.txt", "3")
     assert L.launch(plan, tell=lambda l: None, seconds=1) == plan.folder
+
+
+def test_the_same_plan_can_be_launched_twice(shop, fake, monkeypatch):
+    monkeypatch.setenv("WEBSEER_VERL", str(fake))
+    monkeypatch.setattr(L, "check", lambda *a, **k: ["skipped"])
+    plan = rl(shop, profile="verl-cpu", model=shop/"tiny")
+    for start in ("1", "3"):
+        monkeypatch.setenv("START", start)
+        L.launch(plan, tell=lambda line: None)
+    assert [r["reward"] for r in L.read_metrics(plan.folder)] == [0.1, 0.2, 0.3, 0.4]        # verl opens its file anew: each start needs its own
+    assert any("verl-001.jsonl" in w for w in calls(fake)[-1]["args"])
+
+
+def test_an_orphan_of_a_killed_launcher_keeps_the_folder(shop, fake, monkeypatch):
+    "SIGKILL leaves us no time to end verl; a second start must not train into the same folder."
+    monkeypatch.setenv("WEBSEER_VERL", str(fake))
+    monkeypatch.setenv("SLOW", "1")
+    monkeypatch.setattr(L, "check", lambda *a, **k: ["skipped"])
+    again = lambda: L.launch(rl(shop, profile="verl-cpu", model=shop/"tiny"), tell=lambda line: None)
+    folder = P.run_folder(load_profile("verl-cpu"), "srrl", "released")
+    code = ("import sys; from webseer import launch as L, plan as P; from webseer.core import load_profile\n"
+            "L.check = lambda *a, **k: ['skipped']\ndata, model = sys.argv[1:]\n"
+            "L.launch(P.plan_rl(load_profile('verl-cpu'), 'released', train=data, val=data, model=model), tell=lambda line: print(line, flush=True))")
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(shop/"rl.parquet"), str(shop/"tiny")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert any(line == "working\n" for line in launcher.stdout)
+        with pytest.raises(WebseerError, match="is in use by process") as busy: again()      # both live
+        verl = int(re.search(r"in use by process (\d+): wait for it, end it", str(busy.value))[1])
+        assert verl != launcher.pid and os.getpgid(verl) == verl
+    finally: launcher.kill()
+    launcher.wait()
+    with pytest.raises(WebseerError, match=f"is in use by process {verl}"): again()          # verl alone lives
+    os.kill(verl, signal.SIGTERM)
+    assert any(is_free(folder) or time.sleep(0.1) for _ in range(100))
+    monkeypatch.delenv("SLOW")
+    assert again() == folder and len(calls(fake)) == 2
+
+
+def is_free(folder):
+    with contextlib.suppress(WebseerError), sole_user(folder): return True
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path):
+    write_text(tmp_path/"file", "")
+    with pytest.raises(WebseerError, match="cannot be used"), sole_user(tmp_path/"file"): pass
+    with sole_user(tmp_path/"a"), pytest.raises(WebseerError, match="is in use by process"), sole_user(tmp_path/"a"): pass
 
 
 def test_dry_run_starts_and_leaves_nothing(shop, fake, monkeypatch, outputs):
@@ -389,21 +481,22 @@ def test_no_gpu_no_launch(shop, monkeypatch, fake):
 
 def test_finding_verl(monkeypatch, tmp_path):
     monkeypatch.setenv("WEBSEER_VERL", str(tmp_path/"none"))
-    with pytest.raises(WebseerError, match="which is no program"): L.find_verl()
+    with pytest.raises(WebseerError, match="which is no program"): P.find_verl()
     monkeypatch.delenv("WEBSEER_VERL")
-    monkeypatch.setattr(L, "root", lambda: tmp_path)
-    monkeypatch.setattr(L.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WebseerError, match="make verl"): L.find_verl()
+    monkeypatch.setattr(P, "root", lambda: tmp_path)
+    monkeypatch.setattr(P.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WebseerError, match="make verl"): P.find_verl()
     (tmp_path/".venv-verl"/"bin").mkdir(parents=True)
     (tmp_path/".venv-verl"/"bin"/"python").touch()
-    assert L.find_verl().endswith(".venv-verl/bin/python")
+    assert P.find_verl().endswith(".venv-verl/bin/python")
 
 
 # ---- metrics
 
 def test_metrics_of_sft_and_torn_files(tmp_path):
     line = lambda step, d: json.dumps(dict(step=step, data=d)) + "\n"
-    write_text(tmp_path/"metrics"/"verl-000.jsonl", line(1, {"train/loss": 3.0, "train/lr": 1e-6, "train/global_tokens": 10}) + line(1, {"val/loss": 4.0}) + line(2, {"train/loss": 2.0}) + '{"step": 3, "da')
+    whole = line(1, {"train/loss": 3.0, "train/lr": 1e-6, "train/global_tokens": 10}) + line(1, {"val/loss": 4.0}) + line(2, {"train/loss": 2.0})
+    write_text(tmp_path/"metrics"/"verl-000.jsonl", whole + '{"step": 3, "da')
     rows = L.read_metrics(tmp_path)
     assert [(r["step"], r["loss"], r["val_loss"]) for r in rows] == [(0, 3.0, 4.0), (1, 2.0, None)]
     with pytest.raises(WebseerError, match="no metrics in"): L.read_metrics(tmp_path/"other")
@@ -413,10 +506,13 @@ def test_metrics_have_the_columns_of_the_embedded_trainer(tmp_path):
     from webseer.verl_loop import numbers_of
     from webseer.traj import Traj
     n = numbers_of(Traj("q", ["a"], calls=["search", "malformed", "submit_answer"], stop="max_turns", submissions=[dict(em=1)]), 10, 4)
-    d = {"critic/score/mean": 0.5, "actor/entropy": 0.1, "actor/kl_loss": 0.01, "actor/pg_clipfrac": 0.02, "actor/grad_norm": 1.0, "actor/lr": 1e-6, "prompt_length/mean": 5, "response_length/mean": 7}
-    write_text(tmp_path/"metrics"/"verl-000.jsonl", json.dumps(dict(step=0, data={"val-core/x": 1})) + "\n" + json.dumps(dict(step=1, data=d | {f"webseer/{k}": v for k, v in n.items()})) + "\n")
+    d = {"critic/score/mean": 0.5, "actor/entropy": 0.1, "actor/kl_loss": 0.01, "actor/pg_clipfrac": 0.02, "actor/grad_norm": 1.0,
+         "actor/lr": 1e-6, "prompt_length/mean": 5, "response_length/mean": 7} | {f"webseer/{k}": v for k, v in n.items()}
+    lines = [dict(step=0, data={"val-core/x": 1}), dict(step=1, data=d)]
+    write_text(tmp_path/"metrics"/"verl-000.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
     [row] = L.read_metrics(tmp_path)
-    embedded = ("step", "reward", "first_acc", "best_acc", "calls", "submissions", "live", "malformed", "length", "truncated", "n_search", "n_query", "n_check", "entropy", "kl", "clip_frac", "grad_norm", "lr")
+    embedded = ("step", "reward", "first_acc", "best_acc", "calls", "submissions", "live", "malformed", "length", "truncated", "n_search",
+                "n_query", "n_check", "entropy", "kl", "clip_frac", "grad_norm", "lr")
     assert set(embedded) <= set(row) and row["first_acc"] == 1 and row["length"] == 12 and row["malformed"] == pytest.approx(1 / 3) and row["truncated"] == 1
     from webseer.rl import warnings
     warnings([row | dict(live=0.5)])
@@ -435,7 +531,7 @@ def test_conversations():
 
 # ---- verl itself
 
-try: PYTHON = L.find_verl()
+try: PYTHON = P.find_verl()
 except WebseerError: PYTHON = None
 needs_verl = pytest.mark.skipif(PYTHON is None, reason="verl is not installed (make verl, or WEBSEER_VERL)")
 ONE = """
@@ -470,11 +566,13 @@ def dry(shop, tmp_path_factory):
             return tmp/name
 
         for profile in ("paper-14b", "paper-7b", "gpu1"):
-            for variant in L.VARIANTS:
+            for variant in P.VARIANTS:
                 model = shop/("tiny" if profile == "gpu1" else profile[6:])
                 plans["sft", profile, variant] = sft(shop, profile=profile, variant=variant, model=model)
                 plans["srrl", profile, variant] = rl(shop, profile=profile, variant=variant, model=model)
-        for name in ("dapo", "ppo"): plans["algorithm", name] = rl(shop, f"verl_algorithm={name}")
+        for name in P.ALGORITHMS:
+            for profile, variant in (("gpu1", "released"), ("verl-cpu", "paper")):
+                plans["algorithm", name, profile] = rl(shop, f"verl_algorithm={name}", profile=profile, variant=variant, model=shop/"tiny")
         plans["cpu", "sft"] = sft(shop, profile="verl-cpu", model=shop/"tiny")
         plans["cpu", "srrl"] = rl(shop, profile="verl-cpu", model=shop/"tiny")
         # what verl alone can tell
@@ -482,6 +580,8 @@ def dry(shop, tmp_path_factory):
         plans["unknown leaf"] = rl(shop, "trainer.max_assistant_turns=3")
         plans["known already"] = rl(shop, "+data.train_batch_size=3")
         plans["offloading"] = rl(shop, "+actor_rollout_ref.model.enable_activation_offlod=true")
+        plans["gone"] = rl(shop, R + "multi_turn.max_turns=20")
+        plans["architecture"] = rl(shop, "verl_architecture=Qwen3ForCausalLM")
         plans["type"] = rl(shop, "actor_rollout_ref.actor.loss_agg_mode=token-average")
         plans["validate"] = rl(shop, "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=null")
         plans["no class"] = rl(shop, R + "agent.agent_loop_config_path=" + str(tmp/"bad.yaml"))
@@ -545,7 +645,7 @@ def test_the_embedded_template_suits_verls_own_data_set(dry):
 
 
 @needs_verl
-@pytest.mark.parametrize("variant", L.VARIANTS)
+@pytest.mark.parametrize("variant", P.VARIANTS)
 @pytest.mark.parametrize("profile", ["paper-14b", "paper-7b", "gpu1"])
 @pytest.mark.parametrize("stage", ["sft", "srrl"])
 def test_dry_runs_of_full_profiles(dry, stage, profile, variant):
@@ -556,17 +656,26 @@ def test_dry_runs_of_full_profiles(dry, stage, profile, variant):
 
 
 @needs_verl
-@pytest.mark.parametrize("key", [("algorithm", n) for n in ("dapo", "ppo")] + [("cpu", "sft"), ("cpu", "srrl"), "alive"])
-def test_other_dry_runs(dry, key):
-    assert dry[key]["error"] is None
-    if key == ("algorithm", "ppo"): assert "critic" in "\n".join(dry[key]["done"])
+@pytest.mark.parametrize("key", [("cpu", "sft"), ("cpu", "srrl"), "alive"])
+def test_other_dry_runs(dry, key): assert dry[key]["error"] is None
+
+
+@needs_verl
+@pytest.mark.parametrize("name", P.ALGORITHMS)
+def test_dry_runs_of_every_algorithm(dry, name):
+    keys = [k for k in dry if k[:2] == ("algorithm", name)]
+    assert len(keys) == 2
+    for k in keys:
+        assert dry[k]["error"] is None, (k, dry[k])
+        assert ("critic" in "\n".join(dry[k]["done"])) == (name == "ppo")
 
 
 @needs_verl
 @pytest.mark.parametrize("key, message", [
     ("unknown", "verl does not know the setting actor_rollout_ref.rollout.temprature; did you mean actor_rollout_ref.rollout.temperature?"),
     ("unknown leaf", "actor_rollout_ref.rollout.multi_turn.max_assistant_turns"),
-    ("known already", "write it without the +"),
+    ("known already", "write it without the +"), ("gone", "did you mean actor_rollout_ref.rollout.multi_turn.max_"),
+    ("architecture", "14b is a Qwen2ForCausalLM, but the profile is for Qwen3ForCausalLM"),
     ("offloading", "no setting enable_activation_offlod; did you mean enable_activation_offload?"),
     ("type", "token-average"), ("validate", "log_prob_micro_batch_size"),
     ("no class", "nowhere.Loop cannot be imported"), ("odd loop", "did you mean 'max_submissions'"), ("no loop", "did you mean 'webseer'"), ("no tokenizer", "14b|tokenizer"),
@@ -593,5 +702,5 @@ def test_check_from_here(shop):
 
 
 def test_import_is_light():
-    code = "import sys, webseer.launch; print([m for m in ('torch', 'verl', 'ray', 'hydra', 'pyarrow', 'httpx', 'numpy', 'webseer.model') if m in sys.modules])"
+    code = "import sys, webseer.launch, webseer.plan; print([m for m in ('torch', 'verl', 'ray', 'hydra', 'pyarrow', 'numpy', 'webseer.model') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from webseer import proof
 from webseer.agent import call_text, first_messages, run_sync
 from webseer.core import WebseerError, append_jsonl, load_profile, read_jsonl, write_text
-from webseer.launch import Shape, outline
+from webseer.plan import Shape, outline
 from webseer.model import Codec
 from webseer.proof import Road, check_rollouts, reward_of, submissions_of, token_faults
 from webseer.remote import running_app

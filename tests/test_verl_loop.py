@@ -1,4 +1,4 @@
-"""The agent loop for verl: without verl, and inside verl's own classes with a scripted engine (no training here; that is bench/verl_cpu.py).
+"""The agent loop for verl: without verl, and inside verl's own classes with a scripted engine (no training here; that is `make verl-proof`).
 
 The second half needs verl. It runs where the Python that runs pytest has it, else in the Python that WEBSEER_VERL names (`make verl` makes one).
 """
@@ -730,6 +730,7 @@ def test_in_verl_finds_backend_and_platform():
     code = ("import verl; from verl.plugin.platform import get_platform; from verl.workers.rollout.base import get_rollout_class; "
             "from verl.workers.rollout.replica import get_rollout_replica_class as r; import pickle, ray.cloudpickle as c; "
             "p = get_platform(); assert p.device_name == 'cpu' and p.communication_backend_name() == 'gloo' and p.device_module.mem_get_info()[1] > 2**30; "
+            "import verl.utils.model as m, webseer.verl_cpu as w; assert m.load_valuehead_model is w.open_critic; "
             "a, b = get_rollout_class('hf'), r('hf'); assert c.loads(c.dumps(a)) is a and c.loads(c.dumps(b)) is b; print(a.__name__, b.__name__)")
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **cpu_env()})
     assert r.stdout.split() == ["HFAdapter", "HFReplica"], r.stderr[-2000:]

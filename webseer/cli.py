@@ -7,7 +7,6 @@ __all__ = ['app', 'STAGES', 'data', 'reproduce', 'analyze', 'ask', 'serve_model'
            'sft', 'launch', 'prove', 'audit', 'serve', 'index']
 
 # %% ../nbs/15_cli.ipynb #de7e6088
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -324,7 +323,7 @@ def launch(
     stage: Annotated[str, typer.Argument(help="sft or srrl.", show_default=False)],
     profile: Annotated[str, typer.Option("--profile", "-p", help="gpu1, paper-3b, paper-7b, paper-14b or verl-cpu.")] = "gpu1",
     variant: Annotated[str, typer.Option("--variant", help="paper or released: whose settings.")] = "paper",
-    change: Annotated[Optional[list[str]], typer.Option("--set", help="key=value, one of verl's keys; repeat for several.", show_default=False)] = None,
+    change: Annotated[Optional[list[str]], typer.Option("--set", help="key=value: a setting of the table, a verl_ key of the profile, or a key of verl with dots.", show_default=False)] = None,
     train: Annotated[Optional[Path], typer.Option("--train", help="Parquet. Default: in the profile's folder of data.", show_default=False)] = None,
     val: Annotated[Optional[Path], typer.Option("--val", help="Parquet, likewise.", show_default=False)] = None,
     model: Annotated[Optional[str], typer.Option("--model", "-m", help="Where to start. Default: the profile's, or the last SFT checkpoint.", show_default=False)] = None,
@@ -335,7 +334,8 @@ def launch(
     "Train at full scale with verl: show the plan, check it, run it, resume it."
     if stage not in ("sft", "srrl"): raise WebseerError(f"unknown stage {stage!r}: {nearest(stage, ('sft', 'srrl'))}")
     p = load_profile(profile)
-    from webseer.launch import launch as run, miniweb_data, plan_rl, plan_sft
+    from webseer.launch import launch as run, miniweb_data
+    from webseer.plan import plan_rl, plan_sft
     if not (p.verl_model or train): miniweb_data(p, tell=typer.echo)          # a model from nothing learns on the mini-web
     more = dict(retrieval=retrieval) if stage == "srrl" else {}
     plan = (plan_sft if stage == "sft" else plan_rl)(p, variant, changes=change, train=train, val=val, model=model, folder=folder, **more)
@@ -356,7 +356,7 @@ def prove(
 ):
     "Walk the whole road on verl: SFT and SRRL from an untrained model, every claim checked."
     from webseer.core import figures_dir
-    from webseer.launch import pairs
+    from webseer.plan import pairs
     from webseer.proof import prove as run
     p = load_profile(profile, **{k: str(v) for k, v in pairs(change).items()})
     run(p, variant, figures or figures_dir(p), sft=sft or "", rl=rl or "", engine=engine, kill_after=kill_after, minutes=minutes, tell=typer.echo)

@@ -358,7 +358,7 @@ _VOID = frozenset('area base br col embed frame hr img input link meta param sou
 
 def _scan(text, eye):
     "Feed tags to `eye` by a linear scan, whatever their nesting."
-    stack, count, at, raw = [], Counter(), 0, None
+    stack, count, at = [], Counter(), 0
     def end(name):
         while stack:
             last = stack.pop()

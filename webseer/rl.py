@@ -280,7 +280,7 @@ def train(
 ):                 # checkpoint folder; None if stopped before the profile's last step
     "Train from the SFT checkpoint of the same seed, resuming from the last state. Raises WebseerError if there is none."
     from tqdm.auto import tqdm
-    budget = stage_budget(profile, stage)
+    stage_budget(profile, stage)                                    # refuses another stage
     folder = run_dir(profile, seed) / (name or stage)
     done, state = folder / 'checkpoint', folder / 'state.pt'
     claim(folder, **profile.part('world', 'teacher', 'data', 'model', 'sft', 'rl', 'loop'), stage=stage, seed=seed)
