@@ -145,6 +145,17 @@ def test_draws_what_is_there(run, tmp_path, cut, drawn):
 def test_nothing_at_all_is_one_error(tmp_path):
     with pytest.raises(WebseerError, match="neither evaluation rows nor training metrics"): analysis.make_figures(tmp_path)
 
+def test_metrics_of_runs_under_verl(run, tmp_path):
+    from webseer.core import append_jsonl
+    for variant, rewards in (("paper", (.1, .2)), ("released", (.3,))):
+        for step, reward in enumerate(rewards): append_jsonl(tmp_path/"verl"/f"srrl-{variant}"/"metrics.jsonl", dict(step=step, reward=reward))
+    append_jsonl(tmp_path/"verl"/"sft-paper"/"metrics.jsonl", dict(step=0, loss=6.))
+    both = analysis.load_metrics(tmp_path)
+    assert list(both.stage) == ["sft", "srrl", "srrl"] and list(both.reward.dropna()) == [.1, .2] and set(both.seed) == {0}
+    assert list(analysis.load_metrics(tmp_path, "released").reward) == [.3]
+    append_jsonl(run/"verl"/"srrl-paper"/"metrics.jsonl", dict(step=0, reward=9.))
+    assert not (analysis.load_metrics(run).reward == 9.).any() and list(analysis.load_metrics(run, "paper").reward) == [9.]
+
 def test_profile_name(run, monkeypatch):
     monkeypatch.setenv("WEBSEER_OUTPUTS", str(run.parent))
     run.rename(run.parent/"smoke")

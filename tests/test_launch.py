@@ -149,8 +149,9 @@ def test_algorithms(shop, name, want):
 
 def test_the_reader_is_the_profile_s_whatever_is_published(shop):
     v = rl(shop).values["reader"]
-    assert v.published == dict(paper="llm", released="llm") and v.value == load_profile("paper-14b").reader == "extract" and "profile" in v.origin
-    assert P.plan_rl(load_profile("paper-14b", reader="raw"), "paper", model=shop/"14b").loop["reader"] == "raw"
+    assert v.published == dict(paper="llm", released="llm") and v.value == "llm" and v.origin == "profile paper-14b"
+    p = P.plan_rl(load_profile("gpu1", reader="raw"), "paper", model=shop/"tiny")
+    assert p.loop["reader"] == "raw" and "the note" in p.values["reader"].origin
     assert rl(shop, "reader=raw").loop["reader"] == "raw"
     with pytest.raises(WebseerError, match="agent loop: reader is 'book'"): rl(shop, "reader=book")
 

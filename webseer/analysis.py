@@ -64,12 +64,17 @@ def load_rows(
 # %% ../nbs/12_analysis.ipynb #1ae98698
 def load_metrics(
     profile:'Profile|str|Path', # profile, its name, or a run folder
+    variant:str='',             # paper or released: of the runs under verl; empty: the embedded runs, or where there are none, paper
 ):                              # DataFrame: stage, seed, step and whatever the trainer logged
     "Training metrics of every stage and seed found."
     import pandas as pd
-    rows = []
-    for p in sorted(run_folder(profile).glob('seed*/*/metrics.jsonl')):
-        stage, seed = p.parent.name, int(p.parent.parent.name.removeprefix('seed'))
+    top, rows = run_folder(profile), []
+    found = () if variant else top.glob('seed*/*/metrics.jsonl')
+    files = {p: (p.parent.name, int(p.parent.parent.name.removeprefix('seed'))) for p in found}
+    if not files:
+        runs = {stage: top/'verl'/f'{stage}-{variant or "paper"}'/'metrics.jsonl' for stage in ('sft', 'srrl')}
+        files = {p: (stage, 0) for stage, p in runs.items() if p.exists()}
+    for p, (stage, seed) in sorted(files.items()):
         rows += [{**row, 'stage': stage, 'seed': seed} for row in read_checked(p, {'step'})]
     frame = pd.DataFrame(rows, columns=None if rows else ['stage', 'seed', 'step'])
     return frame.drop_duplicates(['stage', 'seed', 'step'], keep='last', ignore_index=True)
@@ -306,7 +311,7 @@ CURVES = [('loss', 'SFT loss', 'cross-entropy (nats/token)', ('sft',)),
 
 # %% ../nbs/12_analysis.ipynb #e89f9188
 def fig_learning(
-    metrics,                           # from `load_metrics`, or rows of `webseer.launch.read_metrics` with stage and seed
+    metrics,                           # from `load_metrics`
     title:str='Learning curves',       # above the figure
     stages=('sft', 'single', 'srrl'),  # those one would expect
 ):                                     # (figure, table, caption) or None

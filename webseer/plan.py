@@ -108,8 +108,7 @@ RL = STAGES["srrl"] = (
     Setting("l_max", "", "tokens at which the length penalty is -1", None, 30000, "naive.py"),
     Setting("k", "", "search results per query", None, 5, _TOOL),
     Setting("reader", "", "who answers query_on_page", "llm", "llm", _TOOL, field="reader",
-            note="paper: the trained model itself; released: Qwen3-30B-A3B over an API; "
-                 "ours by default: extract, which costs no generation"),
+            note="paper: the trained model itself, as here; released: Qwen3-30B-A3B over an API"),
     Setting("max_calls", "", "tool calls of one rollout", None, None, _TOOL, 1000, "ours: in effect no cap beside max_turns"),
     Setting("max_new", "", "tokens of one reply", None, None, "", 0, "ours; 0: as many as fit"),
     Setting("tools", "", "web (whole pages), or statements for the mini-web", None, None, _TOOL, "web", "ours"),

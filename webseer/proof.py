@@ -368,11 +368,11 @@ def curves(
     import pandas as pd
     from webseer.analysis import fig_learning, save_figure, style
     style()
-    runs = dict(sft=run_folder(road.profile, "sft", road.variant), srrl=road.folder)
-    rows = pd.concat([pd.DataFrame(read_metrics(f)).assign(stage=stage, seed=road.profile.seeds[0]) for stage, f in runs.items()])
-    engine, stamp = road.profile.verl_rollout, road.report[road.name]["stamp"]
-    title = f"Learning curves under verl ({road.profile.name}, {stamp['device']}, rollouts by {engine})"
-    fig, table, _ = fig_learning(rows, title, tuple(runs))
+    stages, stamp = ("sft", "srrl"), road.report[road.name]["stamp"]
+    runs = zip(stages, (run_folder(road.profile, "sft", road.variant), road.folder))
+    rows = pd.concat([pd.DataFrame(read_metrics(folder)).assign(stage=stage, seed=stamp["seed"]) for stage, folder in runs])
+    title = f"Learning curves under verl ({stamp['profile']}, {stamp['device']}, rollouts by {road.profile.verl_rollout})"
+    fig, table, _ = fig_learning(rows, title, stages)
     name = f"{road.name}-{road.variant}"
     return [*save_figure(fig, table, Path(out), name), write_json(Path(out)/f"{name}.json", road.report)]
 
