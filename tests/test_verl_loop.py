@@ -516,6 +516,39 @@ def test_continuer_side_by_side_is_as_alone(checkpoint):
         assert new == want and len(lps) == len(new)
 
 
+@pytest.mark.parametrize("kind", [dict(temperature=1.), dict(temperature=.6, top_k=5), dict(temperature=1.3, top_p=.8)])
+def test_seeded_draws_do_not_depend_on_company(checkpoint, kind):
+    from transformers import AutoModelForCausalLM
+    c = Continuer(AutoModelForCausalLM.from_pretrained(checkpoint), stop=set(), most=8)
+    async def ask(seeds): return await asyncio.gather(*(c([5, 6, 7 + k % 3], 6 + k % 2, seed=k, **kind) for k in seeds))
+    together, alone = run_sync(ask(range(20))), [run_sync(ask([k]))[0] for k in range(20)]
+    assert [a for a, _ in together] == [a for a, _ in alone] and len({tuple(a) for a, _ in together}) > 10
+    assert [a for a, _ in run_sync(ask([3, 19, 4]))] == [together[k][0] for k in (3, 19, 4)]
+
+
+def test_draws_follow_the_distribution():
+    import torch
+    from scipy.stats import chisquare
+    c = Continuer.__new__(Continuer)
+    logits = torch.tensor([[1.5, 0.2, -1.0, 0.9, -30.0, 0.0]])
+    import random
+    rng, n = random.Random(1), 4000
+    for kind, keep in (((1.0, -1, 1.0), [0, 1, 2, 3, 5]), ((.7, 3, 1.0), [0, 1, 3])):
+        got, lps = c._choose(logits.expand(n, -1), [([], 1, *kind, set(), rng)] * n)
+        p = torch.softmax(logits[0, keep] / kind[0], 0).double()
+        counts = torch.bincount(got, minlength=6)
+        assert counts.sum() == counts[keep].sum() and chisquare(counts[keep].numpy(), (p / p.sum() * n).numpy()).pvalue > 1e-3
+        assert all(abs(lps[got == k].exp() - p[keep.index(k)]).max() < 1e-6 for k in keep)
+
+
+def test_the_seed_reaches_the_engine_of_each_turn():
+    from itertools import islice
+    from webseer.verl_loop import turn_seeds
+    at = lambda **more: [d["seed"] for d in islice(turn_seeds(5, row() | dict(global_steps=2, session_id=1) | more), 4)]
+    here, others = at(), [at(session_id=0), at(global_steps=3), [d["seed"] for d in islice(turn_seeds(6, row() | dict(global_steps=2, session_id=1)), 4)]]
+    assert here == at(uid="another") and len({*here, *sum(others, [])}) == 16 and all(0 <= x < 2**31 for x in here)
+
+
 def test_load_hf_refuses_what_it_cannot_read(checkpoint, tmp_path):
     import shutil
     def broken(change):

@@ -1736,6 +1736,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'webseer.verl_loop.step_metrics': ('verl_loop.html#step_metrics', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.tool_config': ('verl_loop.html#tool_config', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.trim': ('verl_loop.html#trim', 'webseer/verl_loop.py'),
+                                   'webseer.verl_loop.turn_seeds': ('verl_loop.html#turn_seeds', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.worlds_app': ('verl_loop.html#worlds_app', 'webseer/verl_loop.py')},
             'webseer.viewer': { 'webseer.viewer.Pieces': ('viewer.html#pieces', 'webseer/viewer.py'),
                                 'webseer.viewer.Pieces.__init__': ('viewer.html#pieces.__init__', 'webseer/viewer.py'),

@@ -108,9 +108,11 @@ RL = STAGES["srrl"] = (
     Setting("l_max", "", "tokens at which the length penalty is -1", None, 30000, "naive.py"),
     Setting("k", "", "search results per query", None, 5, _TOOL),
     Setting("reader", "", "who answers query_on_page", "llm", "llm", _TOOL, field="reader",
-            note="paper: the trained model itself, as here; released: Qwen3-30B-A3B over an API"),
+            note="paper: the trained model itself; released: Qwen3-30B-A3B over an API"),
     Setting("max_calls", "", "tool calls of one rollout", None, None, _TOOL, 1000, "ours: in effect no cap beside max_turns"),
     Setting("max_new", "", "tokens of one reply", None, None, "", 0, "ours; 0: as many as fit"),
+    Setting("seed", "data.seed", "order of the questions, and draws of the rollouts", None, None, "", 1,
+            "ours; vllm and hf take a seed with each turn, other engines draw as they like"),
     Setting("tools", "", "web (whole pages), or statements for the mini-web", None, None, _TOOL, "web", "ours"),
     Setting("record", "", "keep trajectories with tokens and mask in the run's folder", None, None, "", True, "ours"),
     # the machine
@@ -703,6 +705,7 @@ def _loop(plan, retrieval):
     p, record = plan.profile, str(plan.folder/"trajectories") if plan["record"] else ""
     loop = dict(retrieval=retrieval, variant=plan.variant, any_url=p.any_url, check=p.reader_check, record=record)
     loop |= {k: plan[k] for k in _LOOP}
+    loop["seed"] = plan["seed"] if p.verl_rollout in ("vllm", "hf") else -1
     loop_settings(loop)
     return loop
 

@@ -7,7 +7,7 @@ __all__ = ['SFT_CPU', 'RL_CPU', 'cpu_env', 'keep_weights', 'vllm_plugin', 'keep_
            'use_cpu', 'install', 'load_hf']
 
 # %% ../nbs/14b_verl_cpu.ipynb #0b5332f9
-import asyncio, contextlib, json, os, sys
+import asyncio, contextlib, json, os, random, sys
 from pathlib import Path
 
 from .core import WebseerError, write_text
@@ -194,11 +194,10 @@ class Continuer:
         stop: set[int],  # ids that end a reply
         pad: int = 0,  # id that fills up
         most: int = 64,  # requests in a batch
-        seed: int = 0,  # of the draws
+        seed: int = 0,  # of the draws of requests without one
     ):
-        import torch
         self.model, self.stop, self.pad, self.most, self.seed = model, set(stop), pad, most, seed
-        self.rng = torch.Generator(device=model.device).manual_seed(seed)
+        self.rng = random.Random(seed)
         self._waiting, self._task = [], None
 
     async def __call__(
@@ -209,10 +208,12 @@ class Continuer:
         top_k: int = -1,  # as in `keep_likely`
         top_p: float = 1.0,  # likewise
         stop: tuple = (),  # further ids that end the reply
+        seed: int | None = None,  # of this text's draws; None: the next of the continuer's own
     ) -> tuple[list[int], list[float]]:  # new ids and their log-probabilities
         "Continue one text."
         done = asyncio.get_running_loop().create_future()
-        self._waiting.append(((list(ids), room, float(temperature), int(top_k), float(top_p), self.stop | set(stop)), done))
+        rng = random.Random(self.rng.random() if seed is None else seed)
+        self._waiting.append(((list(ids), room, float(temperature), int(top_k), float(top_p), self.stop | set(stop), rng), done))
         if self._task is None or self._task.done(): self._task = asyncio.ensure_future(self._work())
         return await done
 
@@ -225,7 +226,7 @@ class Continuer:
         while self._task is not None and not self._task.done(): await asyncio.wait([self._task])
         unknown = self.model.load_state_dict(weights, strict=False).unexpected_keys
         if unknown: raise WebseerError(f"the trainer sent weights that the rollout model does not have: {', '.join(unknown[:3])}")
-        self.rng.manual_seed(self.seed + 1_000_003 * (step or 0))
+        self.rng.seed(f"{self.seed}/{step}")
 
     async def _work(self):
         while self._waiting:
@@ -264,14 +265,17 @@ class Continuer:
         logprobs = torch.zeros(len(requests), device=logits.device)
         chosen = torch.zeros_like(logprobs, dtype=torch.long)
         for kind in dict.fromkeys(r[2:5] for r in requests):
-            rows = torch.tensor([i for i, r in enumerate(requests) if r[2:5] == kind], device=logits.device)
+            mine = [i for i, r in enumerate(requests) if r[2:5] == kind]
+            rows = torch.tensor(mine, device=logits.device)
             temperature, top_k, top_p = kind
             if temperature == 0:
                 lp = logits[rows].log_softmax(-1)
                 pick = lp.argmax(-1)
             else:
                 lp = keep_likely(logits[rows] / temperature, top_k, top_p).log_softmax(-1)
-                pick = torch.multinomial(lp.exp(), 1, generator=self.rng)[:, 0]
+                u = torch.tensor([requests[i][6].random() for i in mine], dtype=torch.float64, device=logits.device)[:, None]
+                total = lp.double().exp().cumsum(-1)
+                pick = torch.searchsorted(total, u * total[:, -1:], right=True)[:, 0]
             chosen[rows], logprobs[rows] = pick, lp.gather(1, pick[:, None])[:, 0]
         return chosen, logprobs
 
@@ -318,7 +322,7 @@ class HFServer:
         if n >= whole: raise ValueError(f"{n} tokens leave no room in a context of {whole}")
         room = min(s.get("max_tokens") or c.response_length, whole - n)
         ids, logprobs = await self.continuer(prompt_ids, room, s.get("temperature", 1.), s.get("top_k", -1), s.get("top_p", 1.),
-                                             tuple(s.get("stop_token_ids") or ()))
+                                             tuple(s.get("stop_token_ids") or ()), s.get("seed"))
         return TokenOutput(token_ids=ids, log_probs=logprobs if s.get("logprobs") else None, stop_reason="completed",
                            extra_fields=dict(global_steps=self.step))
 
@@ -341,7 +345,8 @@ def _replica():
     class HFReplica(RolloutReplica):
         async def launch_servers(self):
             if self.world_size != 1:
-                raise WebseerError(f"rollout.name=hf holds a whole model on one device: set tensor_model_parallel_size=1, not {self.world_size}")
+                raise WebseerError("rollout.name=hf holds a whole model on one device: "
+                                   f"set tensor_model_parallel_size=1, not {self.world_size}")
             platform = get_platform()
             def where(worker):
                 here = ray.get_runtime_context()

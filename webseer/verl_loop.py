@@ -6,7 +6,7 @@
 __all__ = ['READER_NUMBERS', 'worlds_app', 'LoopSettings', 'loop_settings', 'agent_config', 'row_question', 'row_address', 'Part',
            'row_tools', 'after_reply', 'encode_chat', 'EngineFailed', 'TokenPolicy', 'EngineChat', 'EngineReader',
            'Rolled', 'trim', 'numbers_of', 'score_row', 'run_row', 'record_row', 'recorded', 'rollout_metrics',
-           'step_metrics', 'tool_config', 'compute_score']
+           'step_metrics', 'turn_seeds', 'tool_config', 'compute_score']
 
 # %% ../nbs/14a_verl_loop.ipynb #a8b92493
 import asyncio, json, logging, os, re, time, weakref
@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .core import WebseerError, append_jsonl, nearest, read_jsonl
+from .core import WebseerError, append_jsonl, keyed_rng, nearest, read_jsonl
 from .world import Question, World, WorldConfig
 from .retrieval import MiniWeb
 from .remote import DeadlineExceeded, RemoteRetriever, Transient, make_app, reply
@@ -87,6 +87,7 @@ class LoopSettings:
     timeout: float = 10.0          # s of silence before one try is given up
     deadline: float = 30.0         # s for a request with all its tries
     attempts: int = 4              # tries for a request
+    seed: int = -1                 # of the draws: every turn of every rollout has its own (vllm, hf); -1: as the engine draws
     record: str = ""               # folder for the trajectories; empty: they are not kept
 
     def __post_init__(self):
@@ -553,6 +554,22 @@ def step_metrics(
                            "Mend that and start the same command again: the run goes on from its last checkpoint")
     return {f"webseer/{k}": sum(f["reward_extra_info"][k] for f in found) / len(found) for k in found[0]["reward_extra_info"]}
 
+# %% ../nbs/14a_verl_loop.ipynb #e7cb8412
+def turn_seeds(
+    seed: int,  # of the run; negative: none
+    row: dict,  # of the parquet file, as verl passes it on
+):  # endless iterator over sampling parameters, one dict a turn
+    "The seeds of a rollout's turns."
+    info, turn = row.get("extra_info") or {}, 0
+    place = _plain(row.get("global_steps"), 0), str(info.get("split") or "train"), str(info.get("index")), _plain(row.get("session_id"), 0)
+    while True:
+        yield dict(seed=keyed_rng("turn", seed, *place, turn).getrandbits(31)) if seed >= 0 else {}
+        turn += 1
+
+def _plain(x, default):
+    "A number that may have come in an array."
+    return default if x is None else int(x.item() if hasattr(x, "item") else x)
+
 # %% ../nbs/14a_verl_loop.ipynb #bc24f199
 def _agent_loop():
     "The agent loop that `agent_config` names `webseer`."
@@ -565,10 +582,11 @@ def _agent_loop():
             self.settings = _from_file({k: kwargs.pop(k) for k in list(kwargs) if k not in theirs})
             super().__init__(*args, **{**kwargs, "hf_model_type": None})     # it would choose a tokenisation that this loop does not use
         async def run(self, sampling_params, **row):
-            request, versions = uuid4().hex, []
+            request, versions, draws = uuid4().hex, [], turn_seeds(self.settings.seed, row)
             async def engine(ids, room, temperature=None):
                 name, params = request, {**sampling_params, "max_tokens": room}
-                if temperature is not None:                          # a conversation beside the rollout
+                if temperature is None: params |= next(draws)
+                else:                                                # a conversation beside the rollout
                     name = uuid4().hex
                     params |= dict(temperature=temperature, top_p=1.0, top_k=-1, logprobs=False)
                 out = await self.server_manager.generate(request_id=name, prompt_ids=ids, sampling_params=params)
@@ -588,10 +606,6 @@ def _agent_loop():
                 extra_fields=dict(reward_extra_info=r.numbers, webseer=dict(error=r.traj.meta.get("error", "")), turn_scores=[],
                                   tool_rewards=[], min_global_steps=min(known), max_global_steps=max(known)))
     return WebseerAgentLoop
-
-def _plain(x, default):
-    "A number that may have come in an array."
-    return default if x is None else int(x.item() if hasattr(x, "item") else x)
 
 def _attempt():
     "What tells the starts of a run apart: Ray's session, whose name has the time and the process, and the job in it."
