@@ -222,3 +222,15 @@ def test_stages_that_are_done_stay(road, monkeypatch):
     with pytest.raises(WebseerError, match="no"): proof.prove(r.profile, **more)
     assert set(proof.prove(r.profile, **more)) == {"data", "sft", "srrl", "check-srrl", "evaluate-srrl"}
     assert did == ["data_stage", "sft_stage", "srrl_stage", "check_stage", "check_stage", "evaluate_stage"]
+
+
+def test_a_second_run_is_compared(road, monkeypatch):
+    r = road(range(1, 4), range(4, 7), range(1, 7))
+    proof.srrl_stage(r)
+    proof.again_stage(r)
+    assert json.loads(r.file.read_text())["again-srrl"] == dict(rollouts=24, same_tokens_and_reward=24, stamp={})
+    again = r.folder.with_name("srrl-paper-again")
+    file, = (again/"trajectories").glob("train-000004.*")
+    alter(file, lambda rows: [rows[0] | dict(ids=rows[0]["ids"][::-1]), *rows[1:]])
+    monkeypatch.setattr(proof, "launch", lambda plan, **more: None)
+    with pytest.raises(WebseerError, match="24 rollouts are the same again; found 23, 24"): proof.again_stage(r)

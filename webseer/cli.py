@@ -352,6 +352,7 @@ def prove(
     engine: Annotated[str, typer.Option("--engine", help="hf or vllm: who generates. Default: the profile's.", show_default=False)] = "",
     kill_after: Annotated[int, typer.Option("--kill-after", help="Steps of SRRL after which verl is killed once; 0: never.")] = 3,
     minutes: Annotated[Optional[float], typer.Option("--minutes", help="For everything. Default: no limit.", show_default=False)] = None,
+    twice: Annotated[bool, typer.Option("--twice", help="Run SRRL again, without the kill, and compare token by token.")] = False,
     figures: Annotated[Optional[Path], typer.Option("--figures", help="Default: figures/<profile>.", show_default=False)] = None,
 ):
     "Walk the whole road on verl: SFT and SRRL from an untrained model, every claim checked."
@@ -359,7 +360,8 @@ def prove(
     from webseer.plan import pairs
     from webseer.proof import prove as run
     p = load_profile(profile, **{k: str(v) for k, v in pairs(change).items()})
-    run(p, variant, figures or figures_dir(p), sft=sft or "", rl=rl or "", engine=engine, kill_after=kill_after, minutes=minutes, tell=typer.echo)
+    run(p, variant, figures or figures_dir(p), twice, sft=sft or "", rl=rl or "", engine=engine, kill_after=kill_after, minutes=minutes,
+        tell=typer.echo)
 
 # %% ../nbs/15_cli.ipynb #12a313d3
 @app.command()

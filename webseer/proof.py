@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hold', 'submissions_of', 'reward_of', 'token_faults', 'check_rollouts', 'kill_when', 'sweep', 'sft_speed', 'rl_speed',
-           'provenance', 'device_name', 'Road', 'data_stage', 'sft_stage', 'srrl_stage', 'check_stage',
+           'provenance', 'device_name', 'Road', 'data_stage', 'sft_stage', 'srrl_stage', 'again_stage', 'check_stage',
            'evaluate_stage', 'curves', 'prove']
 
 # %% ../nbs/14e_proof.ipynb #2a30910b
@@ -331,6 +331,25 @@ def _agree(road, plan, rows):
         if road.profile.verl_device == "cpu" and plan["top_k"] < 1:
             hold(row["probs_diff"] < 1e-4, "the rollout's probabilities are the trainer's", row["probs_diff"])
 
+# %% ../nbs/14e_proof.ipynb #66060311
+def again_stage(
+    road: Road,
+):
+    "SRRL again, in one piece. Raises WebseerError if on a CPU a rollout differs from the first run's."
+    folder = road.folder.with_name(road.folder.name + "-again")
+    with running_app(worlds_app(road.profile)) as address, _sockets():
+        plan = plan_rl(road.profile, road.variant, road.rl, retrieval=address, folder=folder)
+        launch(plan, tell=_Clock("SRRL again", plan["steps"]), seconds=road.left(.95))
+    first, second = map(_rollouts, (road.folder, folder))
+    same = sum(second.get(place) == rollout for place, rollout in first.items())
+    if road.profile.verl_device == "cpu":
+        hold(same == len(first) == len(second), f"{len(first)} rollouts are the same again", same, len(second))
+    road.note(f"again-{road.name}", rollouts=len(first), same_tokens_and_reward=same)
+
+def _rollouts(folder):
+    "What each place of a run came to: step, question and place in the group -> ids, mask, reward."
+    return {(step, t.qid, t.meta["session"]): (t.ids, t.mask, t.reward) for step, ts in recorded(folder/"trajectories").items() for t in ts}
+
 # %% ../nbs/14e_proof.ipynb #0702fea5
 def check_stage(
     road: Road,
@@ -380,12 +399,13 @@ def prove(
     profile,  # run profile on the mini-web: verl-cpu, gpu1 or one like them
     variant: str = "paper",  # paper or released
     figures: Path | None = None,  # folder for the curves; None: none are drawn
+    twice: bool = False,  # run SRRL again and compare
     **more,  # of `Road`
 ) -> dict:  # what each stage found
     "Walk the whole road; stages that are done stay. Raises WebseerError for the first claim that does not hold."
     road = Road(profile, variant, **more)
     stages = {"data": data_stage, "sft": sft_stage, road.name: srrl_stage, f"check-{road.name}": check_stage,
-              f"evaluate-{road.name}": evaluate_stage}
+              f"evaluate-{road.name}": evaluate_stage} | ({f"again-{road.name}": again_stage} if twice else {})
     for name, stage in stages.items():
         if name not in road.report: stage(road)
     if figures: road.tell(f"figures: {curves(road, figures)[0]}")
