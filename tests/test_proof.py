@@ -168,7 +168,7 @@ class FakeRun:
 @pytest.fixture
 def road(tok, address, tmp_path, monkeypatch):
     monkeypatch.setenv("WEBSEER_OUTPUTS", str(tmp_path/"outputs"))
-    monkeypatch.setattr(proof, "provenance", lambda *a: {})
+    monkeypatch.setattr(proof, "provenance", lambda profile, variant: dict(fingerprint=profile.fingerprint()))
     source = tmp_path/"source"
     for step in range(1, 7):
         for i, replies in enumerate(SCRIPTS):
@@ -222,13 +222,23 @@ def test_stages_that_are_done_stay(road, monkeypatch):
     with pytest.raises(WebseerError, match="no"): proof.prove(r.profile, **more)
     assert set(proof.prove(r.profile, **more)) == {"data", "sft", "srrl", "check-srrl", "evaluate-srrl"}
     assert did == ["data_stage", "sft_stage", "srrl_stage", "check_stage", "check_stage", "evaluate_stage"]
+    with pytest.raises(WebseerError, match="has srrl with other settings"): proof.prove(r.profile, rl="lr=0.1", **more)
+    with pytest.raises(WebseerError, match="has sft with other settings"): proof.prove(r.profile, sft=["lr=0.1"], **more)
+    with pytest.raises(WebseerError, match="has data with other settings"): proof.prove(load_profile("verl-cpu", k=2), **more)
+
+
+def test_an_unfinished_step_is_left_out(run, tok, address):
+    folder, s = run
+    record_row(folder/"trajectories", play(tok, address, [WRONG])[0], 3, "one", uid="u3-0", session=0)
+    with pytest.raises(WebseerError, match="every recorded rollout"): check_rollouts(folder, tok, s, 600)
+    assert check_rollouts(folder, tok, s, 600, range(1, 3))["rollouts"] == 8
 
 
 def test_a_second_run_is_compared(road, monkeypatch):
     r = road(range(1, 4), range(4, 7), range(1, 7))
     proof.srrl_stage(r)
     proof.again_stage(r)
-    assert json.loads(r.file.read_text())["again-srrl"] == dict(rollouts=24, same_tokens_and_reward=24, stamp={})
+    assert json.loads(r.file.read_text())["again-srrl"] == dict(rollouts=24, same_tokens_and_reward=24, asked=dict(prompts=2, mini=2, group=2), stamp=dict(fingerprint=r.profile.fingerprint()))
     again = r.folder.with_name("srrl-paper-again")
     file, = (again/"trajectories").glob("train-000004.*")
     alter(file, lambda rows: [rows[0] | dict(ids=rows[0]["ids"][::-1]), *rows[1:]])

@@ -773,6 +773,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'webseer.plan.with_package': ('plan.html#with_package', 'webseer/plan.py')},
             'webseer.proof': { 'webseer.proof.Road': ('proof.html#road', 'webseer/proof.py'),
                                'webseer.proof.Road.__init__': ('proof.html#road.__init__', 'webseer/proof.py'),
+                               'webseer.proof.Road.asked': ('proof.html#road.asked', 'webseer/proof.py'),
+                               'webseer.proof.Road.done': ('proof.html#road.done', 'webseer/proof.py'),
                                'webseer.proof.Road.left': ('proof.html#road.left', 'webseer/proof.py'),
                                'webseer.proof.Road.note': ('proof.html#road.note', 'webseer/proof.py'),
                                'webseer.proof._Clock': ('proof.html#_clock', 'webseer/proof.py'),

@@ -22,7 +22,7 @@ from .remote import running_app
 from .verl_loop import LoopSettings, after_reply, loop_settings, recorded, rollout_metrics, worlds_app
 from .verl_cpu import load_hf
 from .repro import source_state
-from .plan import find_verl, last_checkpoint, plan_rl, plan_sft, run_folder
+from .plan import find_verl, last_checkpoint, pairs, plan_rl, plan_sft, run_folder
 from .launch import launch, miniweb_data, read_metrics
 
 # %% ../nbs/14e_proof.ipynb #69eb6e61
@@ -90,11 +90,13 @@ def check_rollouts(
     tokenizer,  # of the model that it started from
     s: LoopSettings,  # of the run
     room: int = 0,  # tokens of a response at most; 0: not known
+    steps=None,  # those to look at; None: all (a run that the clock ended leaves a step unfinished)
 ) -> dict:  # rollouts, rewards_equal, tokens_equal, tokens, trained, submissions (count -> rollouts), length_penalties
     "Compare each rollout that verl dumped with its text and its messages. Raises WebseerError for the first that differs."
-    kept = {(t.meta["uid"], t.meta["session"]): t for ts in recorded(Path(folder)/"trajectories").values() for t in ts}
+    wanted = lambda step: steps is None or step in steps
+    kept = {(t.meta["uid"], t.meta["session"]): t for step, ts in recorded(Path(folder)/"trajectories").items() if wanted(step) for t in ts}
     found = dict(rollouts=0, rewards_equal=0, tokens_equal=0, tokens=0, trained=0, submissions={}, length_penalties=0)
-    for file in sorted((Path(folder)/"rollouts").glob("*.jsonl")):
+    for file in sorted(f for f in (Path(folder)/"rollouts").glob("*.jsonl") if wanted(int(f.stem))):
         for d in read_jsonl(file):
             uid, session, _ = d["uid"].rsplit("_", 2)
             if t := kept.pop((uid, int(session)), None): _check_rollout(t, d, tokenizer, s, room, f"{file}, rollout {d['uid']}", found)
@@ -233,7 +235,7 @@ class Road:
         tell=print,  # called with one line per stage
     ):
         self.profile = replace(profile, verl_rollout=engine) if engine else profile
-        self.variant, self.sft, self.rl, self.kill_after, self.tell = variant, sft, rl, kill_after, tell
+        self.variant, self.sft, self.rl, self.kill_after, self.tell = variant, pairs(sft), pairs(rl), kill_after, tell
         self.name = f"srrl-{engine}" if engine and engine != profile.verl_rollout else "srrl"
         self.home = run_dir(profile)/"verl"
         self.folder = self.home/f"{self.name}-{variant}"        # of the run of SRRL
@@ -247,12 +249,28 @@ class Road:
         "Time until a share of it is over."
         return self.seconds and max(30.0, share * self.seconds - (time.monotonic() - self.begun))
 
+    def asked(self,
+        stage: str,
+    ) -> dict:  # settings that differ from the profile's
+        "What a stage depends on."
+        return json.loads(to_json({"data": {}, "sft": self.sft}.get(stage, self.sft | self.rl)))
+
+    def done(self,
+        stage: str,
+    ) -> bool:
+        "Whether the report has a stage. Raises WebseerError if it was another profile's or had other settings."
+        old = self.report.get(stage)
+        if old is None: return False
+        if (old["asked"], old["stamp"]["fingerprint"]) == (self.asked(stage), self.profile.fingerprint()): return True
+        raise WebseerError(f"{self.file} has {stage} with other settings ({old['asked']}, profile {old['stamp']['fingerprint']}): "
+                           f"move {self.home} away, or set the old values again")
+
     def note(self,
         stage: str,
         **found,  # facts, JSON-able
     ):
-        "Write down what a stage found, and where it comes from."
-        self.report[stage] = found | dict(stamp=provenance(self.profile, self.variant))
+        "Write down what a stage found, what was asked of it, and where it comes from."
+        self.report[stage] = found | dict(asked=self.asked(stage), stamp=provenance(self.profile, self.variant))
         write_json(self.file, self.report)
         self.tell(f"{stage}: {to_json(found)}")
 
@@ -313,8 +331,8 @@ def srrl_stage(
             hold(at >= n, f"the checkpoint of step {n} is there when verl is killed after it", at)
         final = plan()
         launch(final, tell=clock, seconds=road.left(.8))
-    rows, starts = read_metrics(road.folder), [_steps(f) for f in files()]
-    if at: hold(starts[-1][0] == at + 1, f"the second start goes on with step {at + 1}", starts)
+    rows, starts = read_metrics(road.folder), [steps for f in files() if (steps := _steps(f))]
+    if at and len(starts) > 1: hold(starts[-1][0] == at + 1, f"the second start goes on with step {at + 1}", starts)
     hold([r["step"] for r in rows] == list(range(len(rows))), "no step is missing", [r["step"] for r in rows])
     _agree(road, final, rows)
     road.note(road.name, steps=len(rows), starts=starts, checkpoint_at_kill=at, rewards=[round(r["reward"], 4) for r in rows],
@@ -358,7 +376,8 @@ def check_stage(
     from transformers import AutoTokenizer
     plan = json.loads((road.folder/"plan.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(plan["model"])
-    found = check_rollouts(road.folder, tokenizer, loop_settings(plan["loop"]), plan["settings"]["max_response"])
+    steps = range(1, road.report[road.name]["steps"] + 1)
+    found = check_rollouts(road.folder, tokenizer, loop_settings(plan["loop"]), plan["settings"]["max_response"], steps)
     road.note(f"check-{road.name}", **found)
 
 def evaluate_stage(
@@ -407,6 +426,6 @@ def prove(
     stages = {"data": data_stage, "sft": sft_stage, road.name: srrl_stage, f"check-{road.name}": check_stage,
               f"evaluate-{road.name}": evaluate_stage} | ({f"again-{road.name}": again_stage} if twice else {})
     for name, stage in stages.items():
-        if name not in road.report: stage(road)
+        if not road.done(name): stage(road)
     if figures: road.tell(f"figures: {curves(road, figures)[0]}")
     return road.report
