@@ -64,7 +64,7 @@ def load_rows(
 # %% ../nbs/12_analysis.ipynb #1ae98698
 def load_metrics(
     profile:'Profile|str|Path', # profile, its name, or a run folder
-    variant:str='',             # paper or released: of the runs under verl; empty: the embedded runs, or where there are none, paper
+    variant:str='',             # paper or released: runs under verl; empty: the embedded runs, or paper where there are none
 ):                              # DataFrame: stage, seed, step and whatever the trainer logged
     "Training metrics of every stage and seed found."
     import pandas as pd
@@ -136,7 +136,7 @@ def paired_difference(
     b:str,                 # stage it is compared with
     mode:str='greedy',     # 'greedy', 'sampled' or 'feedback'
     column:str='correct',  # quantity: 'correct', 'f1', 'calls', …
-)->dict:                   # diff, low, high, p, the interval over worlds alone, per_seed, their sd and t interval, n pairs, clusters
+)->dict:                   # diff, low, high, p, interval over worlds alone, per_seed, their sd and t interval, n pairs, clusters
     "Mean of a - b over shared questions; interval and p over (world x seed) clusters."
     import numpy as np
     from scipy.stats import permutation_test, t
@@ -148,10 +148,13 @@ def paired_difference(
     p, k = np.nan, len(seeds)
     reach = t.ppf(.975, k - 1)*seeds.std()/k**.5 if k > 1 else np.nan
     if len(cl) > 1:
-        p = permutation_test((cl['sum'].to_numpy(float), np.zeros(len(cl))), lambda x, y, axis=-1: (x - y).sum(axis=axis),
-            permutation_type='samples', vectorized=True, n_resamples=9999, rng=np.random.default_rng(0)).pvalue
-    return dict(a=a, b=b, mode=mode, column=column, diff=float(diff), low=float(low), high=float(high), p=float(p), world_low=float(world_low), world_high=float(world_high),
-                sd=float(seeds.std()), seed_low=float(seeds.mean() - reach), seed_high=float(seeds.mean() + reach), per_seed={int(k): float(v) for k, v in seeds.items()}, n=len(both), clusters=len(cl))
+        def flipped(x, y, axis=-1): return (x - y).sum(axis=axis)
+        p = permutation_test((cl['sum'].to_numpy(float), np.zeros(len(cl))), flipped, permutation_type='samples',
+                             vectorized=True, n_resamples=9999, rng=np.random.default_rng(0)).pvalue
+    numbers = dict(diff=diff, low=low, high=high, p=p, world_low=world_low, world_high=world_high, sd=seeds.std(),
+                   seed_low=seeds.mean() - reach, seed_high=seeds.mean() + reach)
+    return dict(a=a, b=b, mode=mode, column=column, **{name: float(v) for name, v in numbers.items()},
+                per_seed={int(s): float(v) for s, v in seeds.items()}, n=len(both), clusters=len(cl))
 
 # %% ../nbs/12_analysis.ipynb #a747a99a
 def points(
@@ -184,11 +187,13 @@ def style(
     import seaborn
     seaborn.set_theme(context='paper', style='whitegrid', palette=[s['color'] for s in STYLE.values()], rc={
         'figure.constrained_layout.use': True, 'figure.dpi': 110, 'savefig.dpi': 200, 'figure.facecolor': 'white',
-        'font.family': 'DejaVu Sans', 'font.size': 9, 'axes.titlesize': 9.5, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
-        'axes.labelsize': 9, 'legend.fontsize': 8.5, 'legend.frameon': False, 'xtick.labelsize': 8.5, 'ytick.labelsize': 8.5,
-        'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.grid.axis': 'y', 'axes.axisbelow': True,
-        'grid.color': '#dddddd', 'grid.linewidth': .6, 'axes.edgecolor': '#444444', 'axes.linewidth': .8, 'lines.linewidth': 1.6,
-        'lines.markersize': 5, 'hatch.linewidth': .6, 'svg.hashsalt': 'webseer', 'svg.fonttype': 'path'})
+        'font.family': 'DejaVu Sans', 'font.size': 9,
+        'axes.titlesize': 9.5, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.labelsize': 9,
+        'legend.fontsize': 8.5, 'legend.frameon': False, 'xtick.labelsize': 8.5, 'ytick.labelsize': 8.5,
+        'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#444444', 'axes.linewidth': .8,
+        'axes.grid': True, 'axes.grid.axis': 'y', 'axes.axisbelow': True, 'grid.color': '#dddddd', 'grid.linewidth': .6,
+        'lines.linewidth': 1.6, 'lines.markersize': 5, 'hatch.linewidth': .6,
+        'svg.hashsalt': 'webseer', 'svg.fonttype': 'path'})
 
 # %% ../nbs/12_analysis.ipynb #3409b2d6
 def describe(
@@ -211,13 +216,20 @@ def missing(
     have = one.drop_duplicates(['stage', 'seed', 'world', 'qid']).groupby(['stage', 'seed']).size().to_dict()
     seeds, full, gaps = sorted(one.seed.unique()), max(have.values(), default=0), []
     for s in [s for s in stages if s != 'untrained' or mode == 'greedy']:          # the untrained model is asked greedily only
-        lack = [int(k) for k in seeds if (s, k) not in have]
-        if not any(s == t for t, _ in have): gaps.append(SHORT.get(s, s))
-        elif lack: gaps.append(f'{SHORT.get(s, s)} seed{"s"*(len(lack) > 1)} {", ".join(map(str, lack))}')
-        gaps += [f'{full - v} questions of {SHORT.get(s, s)} seed {int(k)}' for (t, k), v in have.items() if t == s and v < full]
+        name, lack = SHORT.get(s, s), [int(k) for k in seeds if (s, k) not in have]
+        if not any(s == t for t, _ in have): gaps.append(name)
+        elif lack: gaps.append(f'{name} seed{"s"*(len(lack) > 1)} {", ".join(map(str, lack))}')
+        gaps += [f'{full - v} questions of {name} seed {int(k)}' for (t, k), v in have.items() if t == s and v < full]
     return f'Missing here: {"; ".join(gaps)}.' if gaps else ''
 
+def _missing_in(rows, modes, stages=STAGES):
+    "What each mode lacks, one sentence after the other."
+    return ' '.join(f'{m}: {x}' for m in modes if (x := missing(rows, m, stages)))
+
 # %% ../nbs/12_analysis.ipynb #5e738a14
+_BARS = '95 % bootstrap over (world × seed) clusters'
+_DOTS = f'Bars: {_BARS}; dots: single seeds.'
+
 def finish(
     fig,                 # matplotlib figure
     title:str,           # what is shown
@@ -227,16 +239,19 @@ def finish(
 ):                       # the figure
     "Title above, common legend, caption below."
     from matplotlib.lines import Line2D
-    handles = [Line2D([], [], label=LABELS[s], **{k: STYLE[s][k] for k in ('color', 'marker', 'linestyle')}) for s in STAGES if s in stages]
-    width = fig.get_figwidth()
-    handles += list(extra)
-    top = 1 + .06/fig.get_figheight()
+    def look(stage): return {k: STYLE[stage][k] for k in ('color', 'marker', 'linestyle')}
+    handles = [Line2D([], [], label=LABELS[s], **look(s)) for s in STAGES if s in stages] + list(extra)
+    width, height = fig.get_figwidth(), fig.get_figheight()
+    top = 1 + .06/height
     if handles:
-        cols = len(handles) if sum(len(h.get_label()) + 8 for h in handles) < 14*width else (len(handles) + 1)//2
-        fig.legend(handles=handles, loc='lower left', bbox_to_anchor=(0, top), ncols=cols, handlelength=3, borderaxespad=0, columnspacing=1.6)
-        top += .21*-(-len(handles)//cols)/fig.get_figheight()
-    fig.text(.004, top + .05/fig.get_figheight(), title, ha='left', va='bottom', fontsize=11, fontweight='bold')
-    fig.text(.004, -.06/fig.get_figheight(), textwrap.fill(caption, int(width*17.2)), ha='left', va='top', fontsize=7.5, color='#333333', linespacing=1.3)
+        one_line = sum(len(h.get_label()) + 8 for h in handles) < 14*width
+        cols = len(handles) if one_line else (len(handles) + 1)//2
+        fig.legend(handles=handles, loc='lower left', bbox_to_anchor=(0, top), ncols=cols, handlelength=3, borderaxespad=0,
+                   columnspacing=1.6)
+        top += .21*-(-len(handles)//cols)/height
+    fig.text(.004, top + .05/height, title, ha='left', va='bottom', fontsize=11, fontweight='bold')
+    fig.text(.004, -.06/height, textwrap.fill(caption, int(width*17.2)), ha='left', va='top', fontsize=7.5, color='#333333',
+             linespacing=1.3)
     return fig
 
 def save_figure(
@@ -250,8 +265,10 @@ def save_figure(
     paths = [out/f'{name}.{ext}' for ext in ('png', 'svg', 'csv')]
     fig.savefig(paths[0], bbox_inches='tight', pad_inches=.12, metadata={'Software': None})
     fig.savefig(paths[1], bbox_inches='tight', pad_inches=.12, metadata={'Date': None, 'Creator': None})
-    write_text(paths[2], table.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
+    write_text(paths[2], _csv(table))
     return paths
+
+def _csv(table): return table.to_csv(index=False, float_format='%.6g', lineterminator='\n')
 
 # %% ../nbs/12_analysis.ipynb #13e2072f
 def draw_points(
@@ -272,14 +289,16 @@ def draw_points(
     present = [s for s in STAGES if s in set(table.stage)]
     for i, stage in enumerate(present):
         part, look = table[table.stage == stage], STYLE[stage]
+        color, marker = look['color'], look['marker']
         x = np.array([positions[v] for v in part[by]] if positions else part[by], float) + width*((i + .5)/len(present) - .5)
         mean, low, high = (part[c].to_numpy(float)*scale for c in ('mean', 'low', 'high'))
-        ax.plot(x, mean, color=look['color'], marker=look['marker'], linestyle=look['linestyle'] if line else 'none', zorder=3,
-                markeredgecolor='white' if look['marker'] != 'X' else look['color'], markeredgewidth=.6)
-        if band: ax.fill_between(x, low, high, color=look['color'], alpha=.16, linewidth=0)
-        else: ax.vlines(x, low, high, color=look['color'], linewidth=1.3, zorder=2)
+        ax.plot(x, mean, color=color, marker=marker, linestyle=look['linestyle'] if line else 'none', zorder=3,
+                markeredgecolor='white' if marker != 'X' else color, markeredgewidth=.6)
+        if band: ax.fill_between(x, low, high, color=color, alpha=.16, linewidth=0)
+        else: ax.vlines(x, low, high, color=color, linewidth=1.3, zorder=2)
         for c in [c for c in part if c.startswith('seed') and seeds]:
-            ax.plot(x, part[c].to_numpy(float)*scale, '.', color=look['color'], markersize=3.6, alpha=.7, zorder=2, markeredgewidth=0, transform=aside)
+            ax.plot(x, part[c].to_numpy(float)*scale, '.', color=color, markersize=3.6, alpha=.7, zorder=2, markeredgewidth=0,
+                    transform=aside)
 
 def percent_axis(
     ax,                          # axes
@@ -287,7 +306,8 @@ def percent_axis(
     top:float=100,               # upper end
 )->None:
     "A y axis in per cent, from zero."
-    ax.set(ylabel=label, ylim=(-2, top + 2)); ax.set_yticks(range(0, int(top) + 1, 20))
+    ax.set(ylabel=label, ylim=(-2, top + 2))
+    ax.set_yticks(range(0, int(top) + 1, 20))
 
 # %% ../nbs/12_analysis.ipynb #379317f4
 def smooth(
@@ -296,9 +316,9 @@ def smooth(
     window:int=1,  # steps in the running mean
 ):                 # DataFrame: step, mean, low, high, seeds
     "Running mean per seed, then mean and range over seeds at each step."
+    import pandas as pd
     wide = metrics.pivot(index='step', columns='seed', values=column).sort_index().astype(float)
     wide = wide.rolling(window, center=True, min_periods=1).mean().where(wide.notna())
-    import pandas as pd
     return pd.DataFrame(dict(step=wide.index, mean=wide.mean(axis=1).values, low=wide.min(axis=1).values,
                              high=wide.max(axis=1).values, seeds=wide.count(axis=1).values)).dropna(subset='mean')
 
@@ -310,6 +330,24 @@ CURVES = [('loss', 'SFT loss', 'cross-entropy (nats/token)', ('sft',)),
           ('live', 'Live groups', 'groups with a signal (%)', ('single', 'srrl'))]
 
 # %% ../nbs/12_analysis.ipynb #e89f9188
+def _draw_curve(ax, t, look, scale):
+    "Line, mark at its end, and band of one stage."
+    ax.plot(t.step, t['mean']*scale, color=look['color'], linestyle=look['linestyle'])
+    ax.plot(t.step.iloc[[-1]], t['mean'].iloc[[-1]]*scale, marker=look['marker'], color=look['color'], clip_on=False)
+    ax.fill_between(t.step, t.low*scale, t.high*scale, color=look['color'], alpha=.18, linewidth=0)
+
+def _learning_caption(seeds, windows):
+    "What the curves are, and which seeds and running means are behind each stage."
+    said = ('Lines: mean over seeds of the running mean within each seed; bands: range over seeds; '
+            'dotted: best of all submissions of SRRL. ')
+    if seeds.get('single'):
+        said += ('Rewards: different formulas (at most 1 for single, at most the decay for SRRL), '
+                 'compare shapes, not heights. ')
+    said += '; '.join(f'{SHORT[s]}: seeds {", ".join(map(str, k))}, window {windows.get(s, 1)} logged steps'
+                      for s, k in seeds.items() if k) + '.'
+    if absent := [SHORT[s] for s, k in seeds.items() if not k]: said += f' Missing here: {", ".join(absent)}.'
+    return said
+
 def fig_learning(
     metrics,                           # from `load_metrics`
     title:str='Learning curves',       # above the figure
@@ -326,23 +364,18 @@ def fig_learning(
             part = metrics[metrics.stage == stage]
             if not len(part) or column not in part or part[column].isna().all(): continue
             windows[stage] = max(1, part.step.nunique()//15)
-            t = smooth(part.dropna(subset=column), column, windows[stage]); look = STYLE[stage]
-            ax.plot(t.step, t['mean']*scale, color=look['color'], linestyle=look['linestyle'])
-            ax.plot(t.step.iloc[[-1]], t['mean'].iloc[[-1]]*scale, marker=look['marker'], color=look['color'], clip_on=False)
-            ax.fill_between(t.step, t.low*scale, t.high*scale, color=look['color'], alpha=.18, linewidth=0)
+            t = smooth(part.dropna(subset=column), column, windows[stage])
+            _draw_curve(ax, t, STYLE[stage], scale)
             tables.append(t.assign(stage=stage, quantity=column))
             if column == 'first_acc' and stage == 'srrl' and 'best_acc' in part and part.best_acc.notna().any():
                 t = smooth(part.dropna(subset='best_acc'), 'best_acc', windows[stage])
-                ax.plot(t.step, t['mean']*scale, color=look['color'], linestyle=':', linewidth=1.1)
+                ax.plot(t.step, t['mean']*scale, color=STYLE[stage]['color'], linestyle=':', linewidth=1.1)
                 tables.append(t.assign(stage=stage, quantity='best_acc'))
         if not ax.lines: ax.text(.5, .5, 'no data', ha='center', va='center', transform=ax.transAxes, color='#777777')
         ax.set(title=name, xlabel='SFT step' if shown == ('sft',) else 'RL step', ylabel=unit)
         if column in ('live', 'loss', 'entropy'): ax.set_ylim(bottom=0)
     seeds = {s: sorted(int(k) for k in metrics.seed[metrics.stage == s].unique()) for s in stages}
-    caption = ('Lines: mean over seeds of the running mean within each seed; bands: range over seeds; dotted: best of all submissions of SRRL. ' +
-        ('Rewards: different formulas (at most 1 for single, at most the decay for SRRL), compare shapes, not heights. ' if seeds.get('single') else '') +
-        '; '.join(f'{SHORT[s]}: seeds {", ".join(map(str, k))}, window {windows.get(s, 1)} logged steps' for s, k in seeds.items() if k) + '.')
-    if absent := [SHORT[s] for s, k in seeds.items() if not k]: caption += f' Missing here: {", ".join(absent)}.'
+    caption = _learning_caption(seeds, windows)
     finish(fig, title, caption, [s for s, k in seeds.items() if k])
     return fig, pd.concat(tables)[['stage', 'quantity', 'step', 'mean', 'low', 'high', 'seeds']], caption
 
@@ -374,6 +407,21 @@ def depth_table(
     return pd.DataFrame(out, columns=['stage', 'calls', 'share', 'share_right', 'n', 'mean_calls'])
 
 # %% ../nbs/12_analysis.ipynb #32237cf6
+def _draw_depths(ax, t, stage, roof):
+    "Bars of one stage and mode; the one that passes the roof says how high it is."
+    look = STYLE[stage]
+    ax.bar(t.calls, t.share*100, width=.82, facecolor='white', edgecolor=look['color'], linewidth=.9)
+    ax.bar(t.calls, t.share_right*100, width=.82, facecolor=look['color'], edgecolor='white', hatch=look['hatch'], linewidth=0)
+    for _, high in t[t.share*100 > roof].nlargest(1, 'share').iterrows():
+        ax.text(high.calls + .5, roof*.97, f'↑ {high.share*100:.0f} %', va='top', fontsize=8, color='#333333',
+                bbox=dict(facecolor='white', edgecolor='none', pad=1), zorder=5)
+    if not len(t):
+        ax.text(.99, .93, f'{LABELS[stage]}\nnot run', transform=ax.transAxes, ha='right', va='top', color='#777777')
+        return
+    mean = t.mean_calls.iloc[0]
+    ax.axvline(mean, color='#222222', linewidth=1, linestyle=':')
+    ax.text(.99, .93, f'{LABELS[stage]}\nmean {mean:.1f} calls', transform=ax.transAxes, ha='right', va='top', fontsize=8.5)
+
 def fig_depth(
     rows,        # evaluation rows
     cap:int=20,  # calls from here on share one bar
@@ -388,28 +436,24 @@ def fig_depth(
     table = pd.concat([depth_table(used[used['mode'] == m], cap).assign(mode=m) for m in modes])
     trained = table[table.stage != 'untrained']
     roof = 125*(trained if len(trained) else table).share.max()      # one scale, not squeezed by the untrained model
-    fig, axes = plt.subplots(len(stages), len(modes), figsize=(8 if len(modes) > 1 else 5, .5 + 1.15*len(stages)), sharex=True, sharey=True, squeeze=False)
-    for (i, stage), (j, mode) in ((a, b) for a in enumerate(stages) for b in enumerate(modes)):
-        ax, look, t = axes[i, j], STYLE[stage], table[(table.stage == stage) & (table['mode'] == mode)]
-        ax.bar(t.calls, t.share*100, width=.82, facecolor='white', edgecolor=look['color'], linewidth=.9)
-        ax.bar(t.calls, t.share_right*100, width=.82, facecolor=look['color'], edgecolor='white', hatch=look['hatch'], linewidth=0)
-        for _, high in t[t.share*100 > roof].nlargest(1, 'share').iterrows():
-            ax.text(high.calls + .5, roof*.97, f'↑ {high.share*100:.0f} %', va='top', fontsize=8, color='#333333',
-                    bbox=dict(facecolor='white', edgecolor='none', pad=1), zorder=5)
-        if len(t):
-            ax.axvline(t.mean_calls.iloc[0], color='#222222', linewidth=1, linestyle=':')
-            ax.text(.99, .93, f'{LABELS[stage]}\nmean {t.mean_calls.iloc[0]:.1f} calls', transform=ax.transAxes, ha='right', va='top', fontsize=8.5)
-        else: ax.text(.99, .93, f'{LABELS[stage]}\nnot run', transform=ax.transAxes, ha='right', va='top', color='#777777')
-        if i == 0: ax.set_title(mode)
-        if i == len(stages) - 1: ax.set_xlabel('tool calls per question')
+    size = (8 if len(modes) > 1 else 5, .5 + 1.15*len(stages))
+    fig, axes = plt.subplots(len(stages), len(modes), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for i, stage in enumerate(stages):
+        for ax, mode in zip(axes[i], modes):
+            _draw_depths(ax, table[(table.stage == stage) & (table['mode'] == mode)], stage, roof)
+    for ax, mode in zip(axes[0], modes): ax.set_title(mode)
     last = int(table.calls.max())
     ticks = list(range(2, last + 1, 2 if last > 8 else 1))
     axes[0, 0].set(ylim=(0, roof))
-    for ax in axes[-1]: ax.set_xticks(ticks, [str(v) if v < cap else f'≥{cap}' for v in ticks])
+    for ax in axes[-1]:
+        ax.set_xlabel('tool calls per question')
+        ax.set_xticks(ticks, [str(v) if v < cap else f'≥{cap}' for v in ticks])
     fig.supylabel('share of questions (%)', fontsize=9)
-    caption = (f'{describe(used)}. Calls include submit_answer and malformed calls; dotted line: mean. Seeds pooled. ' + ' '.join(
-        f'{m}: {x}' for m in modes if (x := missing(rows, m)))).strip()
-    finish(fig, 'Tool-call depth by stage', caption, extra=[Patch(facecolor='#555555', label='answered correctly'), Patch(facecolor='white', edgecolor='#555555', label='wrong or no answer')])
+    caption = (f'{describe(used)}. Calls include submit_answer and malformed calls; dotted line: mean. Seeds pooled. '
+               + _missing_in(rows, modes)).strip()
+    finish(fig, 'Tool-call depth by stage', caption, extra=[
+        Patch(facecolor='#555555', label='answered correctly'),
+        Patch(facecolor='white', edgecolor='#555555', label='wrong or no answer')])
     return fig, table, caption
 
 # %% ../nbs/12_analysis.ipynb #fc20131e
@@ -422,8 +466,8 @@ def fig_accuracy(
     import matplotlib.pyplot as plt, pandas as pd
     used = rows[(rows['mode'] == mode) & rows.stage.isin(STAGES)]
     if not len(used): return None
-    deep = points(used.assign(depth=pd.Categorical(used.calls.map(depth_bin), DEPTH_NAMES, ordered=True)), 'depth')
-    hops = points(used, 'hops')
+    depth = pd.Categorical(used.calls.map(depth_bin), DEPTH_NAMES, ordered=True)
+    deep, hops = points(used.assign(depth=depth), 'depth'), points(used, 'hops')
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.3), sharey=True, width_ratios=(1.5, 1))
     shown = deep[deep.n >= least]
     classes = [v for v in DEPTH_NAMES if v in set(shown.depth)]
@@ -432,12 +476,15 @@ def fig_accuracy(
     draw_points(right, hops, 'hops', line=True)
     counts = used.drop_duplicates(['world', 'qid']).hops.value_counts().sort_index()
     right.set_xticks(counts.index, [f'{h}\nn = {n:,}' for h, n in counts.items()])
-    left.set(title='By depth the policy chose', xlabel='tool calls per question'); right.set(title='By hops the question needs', xlabel='hops; n questions per seed')
-    percent_axis(left); right.tick_params(left=False)
-    caption = (f'{mode.capitalize()}; {describe(used)}. Bars: 95 % bootstrap over (world × seed) clusters; dots (right): single seeds. '
+    left.set(title='By depth the policy chose', xlabel='tool calls per question')
+    right.set(title='By hops the question needs', xlabel='hops; n questions per seed')
+    percent_axis(left)
+    right.tick_params(left=False)
+    caption = (f'{mode.capitalize()}; {describe(used)}. Bars: {_BARS}; dots (right): single seeds. '
                f'Depth groups with fewer than {least} answers are not drawn (see csv). {missing(rows, mode)}').strip()
     finish(fig, 'Accuracy by depth and by hops', caption, set(used.stage))
-    return fig, pd.concat([deep.rename(columns={'depth': 'value'}).assign(by='depth'), hops.rename(columns={'hops': 'value'}).assign(by='hops')]), caption
+    table = pd.concat([t.rename(columns={by: 'value'}).assign(by=by) for by, t in (('depth', deep), ('hops', hops))])
+    return fig, table, caption
 
 # %% ../nbs/12_analysis.ipynb #8f6c8338
 def fig_budget(
@@ -450,9 +497,10 @@ def fig_budget(
     table = points(used.assign(max_calls=used.max_calls.astype(int)), 'max_calls')
     fig, ax = plt.subplots(figsize=(5.6, 3.4))
     draw_points(ax, table, 'max_calls', width=0, band=True)
-    ax.set_xticks(sorted(table.max_calls.unique())); ax.set_xlabel('largest number of tool calls allowed, submit_answer included')
+    ax.set_xticks(sorted(table.max_calls.unique()))
+    ax.set_xlabel('largest number of tool calls allowed, submit_answer included')
     percent_axis(ax)
-    caption = (f'{describe(used)}, each question at every cap. Bands: 95 % bootstrap over (world × seed) clusters; dots: single seeds. '
+    caption = (f'{describe(used)}, each question at every cap. Bands: {_BARS}; dots: single seeds. '
                f'{missing(rows, "budget")}').strip()
     finish(fig, 'Accuracy under a tool-call budget', caption, set(used.stage))
     return fig, table, caption
@@ -480,50 +528,75 @@ def fig_submissions(
     table = points(used, 'cap')
     fig, ax = plt.subplots(figsize=(5.6, 3.4))
     draw_points(ax, table, 'cap', width=.18)
-    ax.set_xticks(range(1, most + 1)); ax.set_xlabel('submissions allowed, feedback after each wrong one'); ax.set_xlim(.7, most + .3)
+    ax.set_xticks(range(1, most + 1))
+    ax.set_xlabel('submissions allowed, feedback after each wrong one')
+    ax.set_xlim(.7, most + .3)
     percent_axis(ax, 'right within the cap (%)')
     wide = table.pivot(index='stage', columns='cap', values='mean')*100
     gains = ', '.join(f'{SHORT[s]} {wide.loc[s, most] - wide.loc[s, 1]:+.1f}' for s in STAGES if s in wide.index)
     caption = (f'{describe(used)}. Gain from 1 to {most} submissions in points: {gains}. '
-               f'Bars: 95 % bootstrap over (world × seed) clusters; dots: single seeds. {missing(rows, "feedback")}').strip()
+               f'{_DOTS} {missing(rows, "feedback")}').strip()
     finish(fig, 'Accuracy with several submissions', caption, set(used.stage))
     return fig, table, caption
 
 # %% ../nbs/12_analysis.ipynb #06bf2b0c
+def _evidence_table(rows):
+    "Accuracy and mean calls of every scripted policy and every stage, greedy and sampled."
+    import pandas as pd
+    by = rows[rows['mode'] == 'scripted']
+    script = points(by, 'mode', stages=tuple(dict.fromkeys([*LADDER, *by.stage.unique()])))
+    train = points(rows[rows['mode'].isin(('greedy', 'sampled'))], 'mode')
+    found = [t for t in (script, train) if len(t)]
+    if not found: return script
+    table = pd.concat(found)
+    table['calls'] = [rows[(rows.stage == r.stage) & (rows['mode'] == r['mode'])].calls.mean() for _, r in table.iterrows()]
+    return table
+
+def _draw_evidence(ax, table):
+    "The scripted policies, joined but for the oracle and named, and the stages."
+    line = table[(table['mode'] == 'scripted') & (table.stage != 'oracle')]
+    ax.plot(line.calls, line['mean']*100, color='#888888', linestyle=':', linewidth=1, zorder=1)
+    for _, r in table.iterrows():
+        trained = r.stage in STYLE
+        look = STYLE[r.stage] if trained else dict(color='#333333', marker='P' if r.stage != 'oracle' else '*')
+        color = look['color']
+        ax.vlines(r.calls, r.low*100, r.high*100, color=color, linewidth=1.2, zorder=2)
+        ax.plot(r.calls, r['mean']*100, marker=look['marker'], color=color, zorder=3, markersize=7 if trained else 8,
+                linestyle='none', markerfacecolor='white' if r['mode'] == 'sampled' else color, markeredgewidth=1.3)
+        if trained: continue
+        last = len(line) and r.calls == line.calls.max()      # names stand to the left; the last would cover its neighbour's
+        side = dict(xytext=(8, -3), ha='left') if last else dict(xytext=(-6, 6), ha='right')
+        ax.annotate(LABELS.get(r.stage, r.stage), (r.calls, r['mean']*100), textcoords='offset points', fontsize=8,
+                    color='#333333', **side)
+
 def fig_evidence(
     rows, # evaluation rows with the scripted ones
 ):        # (figure, table, caption) or None
     "Accuracy against mean calls: scripted ladder and trained stages."
-    import matplotlib.pyplot as plt, pandas as pd
+    import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
-    script = points(rows[rows['mode'] == 'scripted'], 'mode', stages=tuple(dict.fromkeys([*LADDER, *rows[rows['mode'] == 'scripted'].stage.unique()])))
-    train = points(rows[rows['mode'].isin(('greedy', 'sampled'))], 'mode')
-    table = pd.concat([t for t in (script, train) if len(t)]) if len(script) + len(train) else script
+    table = _evidence_table(rows)
     if not len(table): return None
-    table['calls'] = [rows[(rows.stage == r.stage) & (rows['mode'] == r['mode'])].calls.mean() for _, r in table.iterrows()]
     fig, ax = plt.subplots(figsize=(6.4, 4))
-    line = table[(table['mode'] == 'scripted') & (table.stage != 'oracle')]
-    ax.plot(line.calls, line['mean']*100, color='#888888', linestyle=':', linewidth=1, zorder=1)
+    _draw_evidence(ax, table)
+    ax.set_xlabel('mean tool calls per question, submit_answer included')
+    percent_axis(ax)
     span = max(1, table.calls.max() - table.calls.min())
-    for _, r in table.iterrows():
-        look = STYLE.get(r.stage, dict(color='#333333', marker='P' if r.stage != 'oracle' else '*'))
-        ax.vlines(r.calls, r.low*100, r.high*100, color=look['color'], linewidth=1.2, zorder=2)
-        ax.plot(r.calls, r['mean']*100, marker=look['marker'], color=look['color'], zorder=3, markersize=7 if r.stage in STYLE else 8, linestyle='none',
-                markerfacecolor='white' if r['mode'] == 'sampled' else look['color'], markeredgewidth=1.3)
-        if r.stage not in STYLE:
-            last = len(line) and r.calls == line.calls.max()  # labels stand to the left; the last one would cover its neighbour's
-            ax.annotate(LABELS.get(r.stage, r.stage), (r.calls, r['mean']*100), (8, -3) if last else (-6, 6), textcoords='offset points', ha='left' if last else 'right', fontsize=8, color='#333333')
-    ax.set_xlabel('mean tool calls per question, submit_answer included'); percent_axis(ax)
     ax.set_xlim(table.calls.min() - .17*span, table.calls.max() + .06*span)
     ax.grid(True, axis='both')
+    scripted, extra = set(table.stage[table['mode'] == 'scripted']), []
+    if scripted:
+        extra.append(Line2D([], [], marker='P', color='#333333', linestyle=':', markersize=7, label='scripted policy'))
+    if (table['mode'] == 'sampled').any():
+        extra.append(Line2D([], [], marker='o', markerfacecolor='white', color='#555555', linestyle='none',
+                            label='open marker: sampled'))
     used, by = rows[rows['mode'].isin(('greedy', 'sampled')) & rows.stage.isin(STAGES)], rows[rows['mode'] == 'scripted']
-    extra = [Line2D([], [], marker='P', color='#333333', linestyle=':', markersize=7, label='scripted policy')] if len(script) else []
-    if (train['mode'] == 'sampled').any(): extra.append(Line2D([], [], marker='o', markerfacecolor='white', color='#555555', linestyle='none', label='open marker: sampled'))
-    absent = [LABELS[s] for s in LADDER if s not in set(script.stage)]
-    caption = (f'Trained stages: {describe(used)}; scripted: {describe(by) if len(by) else "no rows"}. Bars: 95 % bootstrap over (world × seed) clusters. '
-        + (f'Missing scripted: {", ".join(absent)}. ' if absent else '') + missing(rows, 'greedy')).strip()
+    absent = [LABELS[s] for s in LADDER if s not in scripted]
+    caption = (f'Trained stages: {describe(used)}; scripted: {describe(by)}. Bars: {_BARS}. '
+               + (f'Missing scripted: {", ".join(absent)}. ' if absent else '') + missing(rows, 'greedy')).strip()
     finish(fig, 'What evidence is worth', caption, set(used.stage), extra)
-    return fig, table[['stage', 'mode', 'calls'] + [c for c in table if c not in ('stage', 'mode', 'calls')]], caption
+    first = ['stage', 'mode', 'calls']
+    return fig, table[first + [c for c in table if c not in first]], caption
 
 # %% ../nbs/12_analysis.ipynb #eeaae253
 BUCKETS = ('0', '(0, .2]', '(.2, .5]', '(.5, .8]', '(.8, 1]')
@@ -535,18 +608,32 @@ def bucket(
     return BUCKETS[0] if rate == 0 else BUCKETS[1 + sum(rate > edge for edge in (.2, .5, .8))]
 
 def bucket_tables(
-    rows,    # evaluation rows
-    passk,   # from `load_passk`
+    rows,     # evaluation rows
+    passk,    # from `load_passk`
     mode:str, # way of asking
-)->tuple:    # accuracy per stage and bucket; paired difference single - SRRL per bucket
+)->tuple:     # accuracy per stage and bucket; paired difference single - SRRL per bucket
     "Accuracy and paired difference by SFT pass rate."
     import pandas as pd
-    marks = passk[['seed', 'world', 'qid']].assign(bucket=pd.Categorical(passk.rate.map(bucket), BUCKETS, ordered=True))
-    trained = rows[(rows['mode'] == mode) & rows.stage.isin(('sft', 'single', 'srrl'))].merge(marks, on=['seed', 'world', 'qid'])
-    both = pair_up(rows, 'single', 'srrl', mode).merge(marks, on=['seed', 'world', 'qid']).assign(stage='difference')
+    keys = ['seed', 'world', 'qid']
+    marks = passk[keys].assign(bucket=pd.Categorical(passk.rate.map(bucket), BUCKETS, ordered=True))
+    trained = rows[(rows['mode'] == mode) & rows.stage.isin(STAGES[1:])].merge(marks, on=keys)
+    both = pair_up(rows, 'single', 'srrl', mode).merge(marks, on=keys).assign(stage='difference')
     return points(trained, 'bucket'), points(both, 'bucket', 'diff', stages=('difference',))
 
 # %% ../nbs/12_analysis.ipynb #6a419284
+def _draw_differences(ax, diff, place):
+    "Mean, interval and seed dots of the paired differences, by bucket."
+    x = [place[b] for b in diff.bucket]
+    ax.axhline(0, color='#444444', linewidth=.9)
+    ax.vlines(x, diff.low*100, diff.high*100, color='#222222', linewidth=1.4)
+    ax.plot(x, diff['mean']*100, 'o', color='#222222', markersize=5.5)
+    for c in [c for c in diff if c.startswith('seed')]:
+        ax.plot([v + .14 for v in x], diff[c]*100, '.', color='#222222', markersize=4, alpha=.5)
+    pairs = dict(zip(diff.bucket, diff.n))
+    ax.set_xticks(range(len(place)), [f'{b}\nn = {pairs.get(b, 0):,}' for b in place])
+    if not len(diff):
+        ax.text(.5, .7, 'one of the two stages is missing', ha='center', transform=ax.transAxes, color='#777777')
+
 def fig_buckets(
     rows,   # evaluation rows
     passk,  # from `load_passk`
@@ -556,30 +643,29 @@ def fig_buckets(
     modes = [m for m in ('greedy', 'sampled') if len(rows[(rows['mode'] == m) & rows.stage.isin(('single', 'srrl'))])]
     if not len(passk) or not modes: return None
     place, tables = {b: i for i, b in enumerate(BUCKETS)}, []
-    fig, axes = plt.subplots(2, len(modes), figsize=(4*len(modes), 5), sharex=True, sharey='row', squeeze=False, height_ratios=(1.25, 1))
-    for j, mode in enumerate(modes):
+    fig, axes = plt.subplots(2, len(modes), figsize=(4*len(modes), 5), sharex=True, sharey='row', squeeze=False,
+                             height_ratios=(1.25, 1))
+    for (top, low), mode in zip(axes.T, modes):
         acc, diff = bucket_tables(rows, passk, mode)
-        top, low = axes[:, j]
         draw_points(top, acc, 'bucket', line=True, width=.4, positions=place)
-        x = [place[b] for b in diff.bucket]
-        low.axhline(0, color='#444444', linewidth=.9)
-        low.vlines(x, diff.low*100, diff.high*100, color='#222222', linewidth=1.4)
-        low.plot(x, diff['mean']*100, 'o', color='#222222', markersize=5.5)
-        for c in [c for c in diff if c.startswith('seed')]: low.plot([v + .14 for v in x], diff[c]*100, '.', color='#222222', markersize=4, alpha=.5)
-        pairs = dict(zip(diff.bucket, diff.n))
-        low.set_xticks(range(len(BUCKETS)), [f'{b}\nn = {pairs.get(b, 0):,}' for b in BUCKETS])
-        top.set_title(mode); low.set_xlabel(f'share of {int(passk.n.max())} SFT samples that are right')
+        _draw_differences(low, diff, place)
+        top.set_title(mode)
+        low.set_xlabel(f'share of {int(passk.n.max())} SFT samples that are right')
         tables += [acc.assign(mode=mode), diff.assign(mode=mode)]
-        if not len(diff): low.text(.5, .7, 'one of the two stages is missing', ha='center', transform=low.transAxes, color='#777777')
-    percent_axis(axes[0, 0]); axes[1, 0].set_ylabel('single − SRRL (points)')
-    used = rows[rows['mode'].isin(modes) & rows.stage.isin(('single', 'srrl'))].merge(passk[['seed', 'world', 'qid']])
-    caption = (f'{describe(used)}. Bars: 95 % bootstrap over (world × seed) clusters; small dots: single seeds. '
-               'Lower row: difference on the same questions, seeds pooled, n = pairs. SFT is steep by construction: its own samples make the buckets. ' + ' '.join(f'{m}: {x}' for m in modes if (x := missing(rows, m, ('sft', 'single', 'srrl'))))).strip()
-    finish(fig, 'Single-submission RL and SRRL by difficulty for SFT', caption, set(rows[rows['mode'].isin(modes)].stage) & {'sft', 'single', 'srrl'})
+    percent_axis(axes[0, 0])
+    axes[1, 0].set_ylabel('single − SRRL (points)')
+    asked = rows[rows['mode'].isin(modes)]
+    used = asked[asked.stage.isin(('single', 'srrl'))].merge(passk[['seed', 'world', 'qid']])
+    caption = (f'{describe(used)}. Bars: {_BARS}; small dots: single seeds. '
+               'Lower row: difference on the same questions, seeds pooled, n = pairs. '
+               'SFT is steep by construction: its own samples make the buckets. '
+               + _missing_in(rows, modes, STAGES[1:])).strip()
+    finish(fig, 'Single-submission RL and SRRL by difficulty for SFT', caption, set(asked.stage) & set(STAGES[1:]))
     return fig, pd.concat(tables), caption
 
 # %% ../nbs/12_analysis.ipynb #e70438eb
-PANELS = (('greedy', 'correct', 'Greedy accuracy', 'first submission right (%)'), ('sampled', 'correct', 'Sampled accuracy', 'first submission right (%)'),
+PANELS = (('greedy', 'correct', 'Greedy accuracy', 'first submission right (%)'),
+          ('sampled', 'correct', 'Sampled accuracy', 'first submission right (%)'),
           ('greedy', 'n_check', 'Checks', 'yes/no checks per question, greedy'))
 
 def fig_switches(
@@ -587,8 +673,10 @@ def fig_switches(
 ):              # (figure, table, caption) or None
     "Accuracy and checks of the trained stages, one group per profile."
     import matplotlib.pyplot as plt, pandas as pd
-    keep = ['mode', 'stage', 'seed', 'world', 'qid', 'correct', 'n_check']
-    frames = [r.loc[r.stage.isin(STAGES[1:]), keep].assign(profile=pd.Categorical([label]*int(r.stage.isin(STAGES[1:]).sum()), list(runs))) for label, r in runs.items()]
+    keep, frames = ['mode', 'stage', 'seed', 'world', 'qid', 'correct', 'n_check'], []
+    for label, r in runs.items():
+        trained = r.loc[r.stage.isin(STAGES[1:]), keep]
+        frames.append(trained.assign(profile=pd.Categorical([label]*len(trained), list(runs))))
     rows = pd.concat(frames) if frames else pd.DataFrame(columns=keep)
     if not len(rows): return None
     place, tables = {label: i for i, label in enumerate(runs)}, []
@@ -596,39 +684,44 @@ def fig_switches(
     for ax, (mode, column, title, unit) in zip(axes, PANELS):
         t = points(rows[rows['mode'] == mode], 'profile', column, STAGES[1:])
         draw_points(ax, t, 'profile', line=False, scale=100 if column == 'correct' else 1, positions=place)
-        ax.set_xticks(list(place.values()), list(place), rotation=20, ha='right'); ax.set_xlim(-.6, len(place) - .4); ax.set_title(title)
+        ax.set_xticks(list(place.values()), list(place), rotation=20, ha='right')
+        ax.set_xlim(-.6, len(place) - .4)
+        ax.set_title(title)
         percent_axis(ax, unit) if column == 'correct' else ax.set(ylabel=unit, ylim=(0, None))
         tables.append(t.assign(mode=mode, quantity=column))
-    caption = ('Each profile differs from the default in one setting. ' + ' '.join(f'{label}: {describe(rows[rows.profile == label])}.' for label in runs if (rows.profile == label).any())
-               + ' Bars: 95 % bootstrap over (world × seed) clusters; dots: single seeds.')
+    parts = {label: rows[rows.profile == label] for label in runs}
+    caption = ('Each profile differs from the default in one setting. '
+               + ' '.join(f'{label}: {describe(part)}.' for label, part in parts.items() if len(part)) + ' ' + _DOTS)
     finish(fig, 'What changes when one thing changes', caption, set(rows.stage))
     table = pd.concat(tables)
     return fig, table[['quantity', 'mode', *[c for c in table if c not in ('quantity', 'mode')]]], caption
 
 # %% ../nbs/12_analysis.ipynb #af5fc931
+def _results_row(part, mode, stage):
+    "One line of the results table, from the rows of one stage asked in one way."
+    import numpy as np
+    seeds = part.groupby('seed').correct.mean()
+    cl = part.groupby(['world', 'seed']).correct.agg(['sum', 'count'])
+    _, low, high = cluster_interval(cl['sum'], cl['count'])
+    row = dict(mode=mode, stage=stage, seeds=len(seeds), n=len(part), accuracy=seeds.mean(), sd=seeds.std(),
+               low=low, high=high, per_seed=' '.join(f'{v:.6f}' for v in seeds))
+    row |= {f'hops{int(h)}': v for h, v in part.groupby('hops').correct.mean().items()}
+    names = dict(f1='f1', calls='calls', search='n_search', query='n_query', check='n_check')
+    row |= {name: part[column].mean() for name, column in names.items()}
+    if mode == 'feedback': row['best'] = np.mean([any(s) if isinstance(s, list) else 0 for s in part.subs])
+    return row | {k: part[k].mean() for k in ('malformed', 'tokens') if k in part}
+
 def results_table(
-    rows,                                        # evaluation rows
+    rows,                                                      # evaluation rows
     modes:tuple=('greedy', 'sampled', 'feedback', 'scripted'), # ways of asking
-):                                               # DataFrame, one row per stage and mode
+):                                                             # DataFrame, one row per stage and mode
     "Accuracy, hops, calls and kinds of calls of every stage."
-    import numpy as np, pandas as pd
+    import pandas as pd
     out, order = [], {s: i for i, s in enumerate((*LADDER, *STAGES))}
-    used = rows[rows['mode'].isin(modes)]
     for mode in modes:
-        names = sorted(used.stage[used['mode'] == mode].unique(), key=lambda s: order.get(s, 99))
-        for stage in names:
-            part = used[(used['mode'] == mode) & (used.stage == stage)]
-            seeds = part.groupby('seed').correct.mean()
-            cl = part.groupby(['world', 'seed']).correct.agg(['sum', 'count'])
-            _, low, high = cluster_interval(cl['sum'], cl['count'])
-            row = dict(mode=mode, stage=stage, seeds=len(seeds), n=len(part), accuracy=seeds.mean(), sd=seeds.std(), low=low, high=high,
-                       per_seed=' '.join(f'{v:.6f}' for v in seeds))
-            row |= {f'hops{int(h)}': v for h, v in part.groupby('hops').correct.mean().items()}
-            row |= dict(f1=part.f1.mean(), calls=part.calls.mean(), search=part.n_search.mean(), query=part.n_query.mean(), check=part.n_check.mean())
-            if mode == 'feedback': row['best'] = np.mean([any(s) if isinstance(s, list) else 0 for s in part.subs])
-            for k in ('malformed', 'tokens'):
-                if k in part: row[k] = part[k].mean()
-            out.append(row)
+        used = rows[rows['mode'] == mode]
+        names = sorted(used.stage.unique(), key=lambda s: order.get(s, 99))
+        out += [_results_row(used[used.stage == stage], mode, stage) for stage in names]
     frame = pd.DataFrame(out, columns=None if out else ['mode', 'stage', 'seeds', 'n', 'accuracy', 'sd'])
     hops = sorted(c for c in frame if c.startswith('hops'))
     rest = [c for c in frame if c not in hops]
@@ -646,9 +739,13 @@ def difference_table(
 ):                                       # DataFrame, one row per comparison that has data
     "All paired differences, with interval, p and per-seed values."
     import pandas as pd
+    def flat(d):
+        seeds = d['per_seed'].values()
+        return {**d, 'per_seed': ' '.join(f'{v:+.6f}' for v in seeds), 'seeds': len(seeds)}
     out = [paired_difference(rows, a, b, m, c) for c in columns for m in modes for a, b in pairs]
-    out = [{**d, 'per_seed': ' '.join(f'{v:+.6f}' for v in d['per_seed'].values()), 'seeds': len(d['per_seed'])} for d in out if d['n']]
-    return pd.DataFrame(out, columns=['column', 'mode', 'a', 'b', 'diff', 'low', 'high', 'p', 'world_low', 'world_high', 'sd', 'seed_low', 'seed_high', 'per_seed', 'seeds', 'n', 'clusters'])
+    return pd.DataFrame([flat(d) for d in out if d['n']], columns=[
+        'column', 'mode', 'a', 'b', 'diff', 'low', 'high', 'p', 'world_low', 'world_high', 'sd', 'seed_low', 'seed_high',
+        'per_seed', 'seeds', 'n', 'clusters'])
 
 # %% ../nbs/12_analysis.ipynb #63c97f72
 def markdown(
@@ -668,6 +765,45 @@ def spread(
     if mean != mean: return '–'
     return (f'{mean*scale:+.1f}' if sign else f'{mean*scale:.1f}') + (f' ± {sd*scale:.1f}' if sd == sd else '')
 
+def _num(v, digits=2, sign=''):
+    "A number as text: a dash for nan, a true minus."
+    return '–' if v != v else f'{v:{sign}.{digits}f}'.replace('-', '−')
+
+def _mode_table(table, mode):
+    "The results of one way of asking as markdown."
+    hops, best = [c for c in table if c.startswith('hops')], mode == 'feedback'
+    head = ['stage', 'accuracy', '95 % interval', 'per seed', 'n', *[f'{h[4:]} hop{"s"*(h != "hops1")}' for h in hops],
+            'F1', *(['within 4'] if best else []), 'calls', 'search', 'query', 'check']
+    body = []
+    for _, r in table[table['mode'] == mode].iterrows():
+        shares = [*hops, 'f1', *(['best'] if best else [])]
+        body.append([LABELS.get(r.stage, r.stage), f'**{spread(r.accuracy, r.sd)}**',
+                     f'{_num(r.low*100, 1)} to {_num(r.high*100, 1)}',
+                     ', '.join(f'{float(v)*100:.1f}' for v in r.per_seed.split()), f'{r.n:,}',
+                     *[_num(r[c]*100, 1) for c in shares], *[_num(r[c]) for c in ('calls', 'search', 'query', 'check')]])
+    return markdown(head, body)
+
+def _difference_row(r):
+    "One paired difference as texts; accuracy in points."
+    right = r.column == 'correct'
+    scale, digits = (100, 1) if right else (1, 2)
+    def num(v, sign=''): return _num(v*scale, digits, sign)
+    def span(low, high): return f'{num(low)} to {num(high)}'
+    return [f'{SHORT[r.a]} − {SHORT[r.b]}', r['mode'], 'accuracy (points)' if right else 'calls',
+            f'**{num(r["diff"], "+")}**', span(r.low, r.high), _num(r.p, 4), span(r.world_low, r.world_high),
+            ', '.join(num(float(v), '+') for v in r.per_seed.split()), num(r.sd),
+            '–' if r.seed_low != r.seed_low else span(r.seed_low, r.seed_high), f'{r.n:,}', str(r.clusters)]
+
+# %% ../nbs/12_analysis.ipynb #fb111a14
+_DIFFERENCE_HEAD = ['comparison', 'mode', 'quantity', 'difference', '95 % interval', 'p', 'over worlds', 'per seed',
+                    'sd over seeds', 't interval over seeds', 'pairs', 'clusters']
+_DIFFERENCE_NOTE = (
+    'Same questions and same pages for both stages. The sample is the mean difference of each (world × seed) cluster '
+    'with its number of questions; interval: BCa bootstrap over clusters (4,999 draws); p: sign-flip permutation of '
+    'clusters (9,999 draws, so never below 0.0002). Clusters of one seed share a trained model and clusters of one world '
+    'its pages; "over worlds" resamples worlds with all their seeds. Both intervals speak for these seeds; the t interval '
+    'over the seed means speaks for a new seed and is wide with few of them.\n')
+
 def results_markdown(
     rows,              # evaluation rows
     name:str,          # profile
@@ -677,28 +813,16 @@ def results_markdown(
 )->str:                # text of results.md
     "Tables, how they were measured, and the captions of the figures."
     table, diffs = tables or (results_table(rows), difference_table(rows))
-    num = lambda v, d=2, sign='': '–' if v != v else f'{v:{sign}.{d}f}'.replace('-', '−')      # a dash for nan, a true minus
-    seeds = lambda text, f: ', '.join(f.format(float(v)*100) for v in text.split())
-    hops = [c for c in table if c.startswith('hops')]
-    parts = [f'# Results of profile `{name}`\n', f'Trained stages: {describe(rows[rows.stage.isin(STAGES)])}. Only the first submission counts, by exact match '
-             'over all aliases, except in the column "within 4". Per cent; ± is the standard deviation over seeds.\n']
+    parts = [f'# Results of profile `{name}`\n',
+             f'Trained stages: {describe(rows[rows.stage.isin(STAGES)])}. Only the first submission counts, by exact match over '
+             'all aliases, except in the column "within 4". Per cent; ± is the standard deviation over seeds.\n']
     for mode in [m for m in ('greedy', 'sampled', 'feedback', 'scripted') if m in set(table['mode'])]:
-        t, best = table[table['mode'] == mode], mode == 'feedback'
-        head = ['stage', 'accuracy', '95 % interval', 'per seed', 'n', *[f'{h[4:]} hop{"s"*(h != "hops1")}' for h in hops], 'F1', *(['within 4'] if best else []), 'calls', 'search', 'query', 'check']
-        body = [[LABELS.get(r.stage, r.stage), f'**{spread(r.accuracy, r.sd)}**', f'{num(r.low*100, 1)} to {num(r.high*100, 1)}', seeds(r.per_seed, '{:.1f}'), f'{r.n:,}',
-                 *[num(r[h]*100, 1) for h in hops], num(r.f1*100, 1), *([num(r.best*100, 1)] if best else []), num(r.calls), num(r.search), num(r['query']), num(r.check)]
-                for _, r in t.iterrows()]
-        parts += [f'## {mode.capitalize()}{": up to 4 submissions, told when one is wrong" if best else ""}\n', markdown(head, body) + '\n']
+        more = ': up to 4 submissions, told when one is wrong' if mode == 'feedback' else ''
+        parts += [f'## {mode.capitalize()}{more}\n', _mode_table(table, mode) + '\n']
         if mode in MODES and (gap := missing(rows, mode)): parts.append(gap + '\n')
     if len(diffs):
-        body = [[f'{SHORT[r.a]} − {SHORT[r.b]}', r['mode'], 'accuracy (points)' if r.column == 'correct' else 'calls', f'**{num(r["diff"]*k, d, "+")}**',
-                 f'{num(r.low*k, d)} to {num(r.high*k, d)}', num(r.p, 4), f'{num(r.world_low*k, d)} to {num(r.world_high*k, d)}', ', '.join(num(float(v)*k, d, '+') for v in r.per_seed.split()), num(r.sd*k, d),
-                 '–' if r.seed_low != r.seed_low else f'{num(r.seed_low*k, d)} to {num(r.seed_high*k, d)}', f'{r.n:,}', str(r.clusters)]
-                for _, r in diffs.iterrows() for k, d in [(100, 1) if r.column == 'correct' else (1, 2)]]
-        parts += ['## Paired differences\n', markdown(['comparison', 'mode', 'quantity', 'difference', '95 % interval', 'p', 'over worlds', 'per seed', 'sd over seeds', 't interval over seeds', 'pairs', 'clusters'], body) + '\n',
-            'Same questions and same pages for both stages. The sample is the mean difference of each (world × seed) cluster with its number of questions; '
-            'interval: BCa bootstrap over clusters (4,999 draws); p: sign-flip permutation of clusters (9,999 draws, so never below 0.0002). Clusters of one seed share a trained model '
-            'and clusters of one world its pages; "over worlds" resamples worlds with all their seeds. Both intervals speak for these seeds; the t interval over the seed means speaks for a new seed and is wide with few of them.\n']
+        body = [_difference_row(r) for _, r in diffs.iterrows()]
+        parts += ['## Paired differences\n', markdown(_DIFFERENCE_HEAD, body) + '\n', _DIFFERENCE_NOTE]
     if captions: parts += ['## Figures\n', '\n'.join(f'- `{k}.png`: {v}' for k, v in captions.items()) + '\n']
     if absent: parts += ['## Not drawn\n', '\n'.join(f'- `{k}`: {v}' for k, v in absent.items()) + '\n']
     return '\n'.join(parts)
@@ -723,7 +847,8 @@ def make_figures(
     out = Path(out) if out else figures_dir(top.name)
     data = dict(rows=load_rows(profile), metrics=load_metrics(profile), passk=load_passk(profile))
     if not len(data['rows']) and not len(data['metrics']):
-        raise WebseerError(f'{top}: neither evaluation rows nor training metrics; run `webseer reproduce --profile {top.name}` first')
+        raise WebseerError(f'{top}: neither evaluation rows nor training metrics; '
+                           f'run `webseer reproduce --profile {top.name}` first')
     names = list(FIGURES)
     if progress:
         from tqdm.auto import tqdm
@@ -739,7 +864,7 @@ def make_figures(
             plt.close(fig)
     both = results_table(data['rows']), difference_table(data['rows'])
     tables = {'results.md': results_markdown(data['rows'], top.name, captions, absent, both)}
-    tables |= {f'{k}.csv': t.to_csv(index=False, float_format='%.6g', lineterminator='\n') for k, t in zip(('results', 'differences'), both)}
+    for name, t in zip(('results', 'differences'), both): tables[f'{name}.csv'] = _csv(t)
     out.mkdir(parents=True, exist_ok=True)
     for name, text in tables.items(): write_text(out/name, text)
     return paths + [out/name for name in tables]

@@ -286,18 +286,18 @@ def published_courses(
     path,  # file as published under outputs/ of 99hgz/WebSeer
 ):         # (courses, number of rollouts left out because they have no gold answer or no reply)
     "Published rollouts reduced; a token is estimated as four characters."
-    from webseer.released import _entries, _read, _text, load, read_call
-    rollouts, items = load(path), _entries(Path(path), _read(Path(path)))
+    from webseer.released import entries, load, read_call, text_of
+    rollouts, items = load(path), entries(Path(path))
     out = []
     for r, item in zip(rollouts, items):
         turns, messages = [], item['messages'] if isinstance(item['messages'], list) else json.loads(item['messages'])
         for m in messages:
-            text = _text(m.get('content'))
+            text = text_of(m.get('content'))
             if m.get('role') == 'assistant':
                 raw = m.get('tool_calls') or []
                 calls = [read_call(x) for x in (json.loads(raw) if isinstance(raw, str) else raw)]
                 spoken = text + ''.join(call_text(x.tool, **x.args) for x in calls)
-                turns.append(Turn(_estimate(spoken), [_text(x.args.get('answer')) for x in calls if x.tool == 'submit_answer'], 0))
+                turns.append(Turn(_estimate(spoken), [text_of(x.args.get('answer')) for x in calls if x.tool == 'submit_answer'], 0))
             elif turns: turns[-1].observed += _estimate(text)
         if turns and turns[-1].answers: turns[-1].observed = 0                 # the last reply to a submission is `Course.reply`
         golds = [g for g in r.golds if normalise(g)]

@@ -40,7 +40,8 @@ def normal_url(
     try: p = urlsplit(url); host, port = p.hostname, p.port
     except ValueError: return url
     if "@" in p.netloc:
-        raise Refused("an address with a user name or password is neither fetched nor recorded: leave that part out", "it carries a user name or password")
+        raise Refused("an address with a user name or password is neither fetched nor recorded: leave that part out",
+                      "it carries a user name or password")
     if p.scheme not in ("http", "https") or not host or re.search(r"[\x00-\x20\x7f\\]", url): return url
     if ":" in host: host = f"[{host}]"
     if port is not None and port != {"http": 80, "https": 443}[p.scheme]: host += f":{port}"
@@ -56,7 +57,8 @@ def _utf8(dump, obj):
     except (TypeError, ValueError, RecursionError) as e: raise WebseerError(f"this cannot be kept as JSON: {e}") from None
     return text if text.isascii() or text.encode("utf-8", "ignore").decode() == text else dump(obj, ensure_ascii=True)
 
-def _key_json(obj, ensure_ascii=False): return json.dumps(obj, ensure_ascii=ensure_ascii, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def _key_json(obj, ensure_ascii=False):
+    return json.dumps(obj, ensure_ascii=ensure_ascii, sort_keys=True, separators=(",", ":"), allow_nan=False)
 def _answer_json(obj, ensure_ascii=False): return json.dumps(json.loads(to_json(obj))) if ensure_ascii else to_json(obj)
 def _key_text(obj): return _utf8(_key_json, obj)
 def _answer_text(obj): return _utf8(_answer_json, obj)
@@ -146,7 +148,8 @@ class Record:
             elif self.kind == "page": return Page(**a)
             else: return tuple(a)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise WebseerError(f"the recorded answer to {show(self.kind, self.request)} is damaged ({e}): record it again with refresh=True") from None
+            raise WebseerError(f"the recorded answer to {show(self.kind, self.request)} is damaged ({e}): "
+                               "record it again with refresh=True") from None
         raise error
 
 def source_of(
@@ -205,9 +208,11 @@ class _File:
         with self._sentences():
             for self._immutable in ("", "&immutable=1"):
                 try: self._idle.append(self._prepare(self._connect())); break
-                except sqlite3.OperationalError as e:  # a read-only folder: SQLite's helper files cannot be made, and are not needed if nobody writes
+                except sqlite3.OperationalError as e:
+                    # in a read-only folder SQLite's helper files cannot be made, and are not needed if nobody writes
+                    unwritable = e.sqlite_errorcode & 255 in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+                    if not readonly or self._immutable or not unwritable: raise
                     wal = Path(f"{self._file}-wal")
-                    if not readonly or self._immutable or e.sqlite_errorcode & 255 not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY): raise
                     if wal.is_file() and wal.stat().st_size:
                         raise WebseerError(f"{self.path} was not closed well and its folder cannot be written: "
                                            f"copy it and {wal.name} to another folder") from None
@@ -226,7 +231,8 @@ class _File:
         if head == b"SQLite format 3\0" or not head: return self.path
         if not (head.startswith(b"\x1f\x8b") or head.startswith(b'{"webseer_store"')):
             raise WebseerError(f"{self.path} is neither a store nor the export of one (it starts with {head[:16]!r}): check the path")
-        if not self.readonly: raise WebseerError(f"{self.path} is an export: open it with readonly=True, or import it into a store with import_")
+        if not self.readonly:
+            raise WebseerError(f"{self.path} is an export: open it with readonly=True, or import it into a store with import_")
         folder = tempfile.mkdtemp(prefix="webseer-store-")
         self._cleanup = weakref.finalize(self, shutil.rmtree, folder, True)
         with Store(Path(folder)/"records.sqlite") as s: s.import_(self.path)
@@ -250,7 +256,8 @@ class _File:
                 if ours != _APPLICATION and (tables or self.readonly):
                     raise WebseerError(f"{self.path} is a database of another program: choose another path")
                 if ours == _APPLICATION and version != _VERSION:
-                    raise WebseerError(f"{self.path} has layout {version}, this webseer reads layout {_VERSION}: use the webseer that wrote it")
+                    raise WebseerError(f"{self.path} has layout {version}, this webseer reads layout {_VERSION}: "
+                                       "use the webseer that wrote it")
                 if self.readonly: return c
                 c.execute("PRAGMA journal_mode = WAL")                        # may say "locked" at once, whatever the timeout
                 if ours == _APPLICATION: return c
@@ -269,18 +276,24 @@ class _File:
     @contextlib.contextmanager
     def _sentences(self):
         try: yield
-        except sqlite3.Error as e:
-            code = getattr(e, "sqlite_errorcode", None) or 0
-            full = code & 255 == sqlite3.SQLITE_FULL or (code & 255 == sqlite3.SQLITE_IOERR and shutil.disk_usage(self._file.parent).free < 2**20)
-            why = "the disk is full: free some space and run again (what was recorded before is safe)" if full else {
-                sqlite3.SQLITE_BUSY: f"another process kept it locked for {self.timeout:g} s: end that process, or open the store with a longer timeout",
-                sqlite3.SQLITE_READONLY: "it may not be written: open it with readonly=True, or mend its permissions",
-                sqlite3.SQLITE_CANTOPEN: "the file cannot be opened or made: check the path and its permissions",
-                sqlite3.SQLITE_CORRUPT: "it is damaged: move it away, then import an export of it or record again",
-                sqlite3.SQLITE_NOTADB: "it is damaged: move it away, then import an export of it or record again",
-            }.get(code & 255, f"{e} ({getattr(e, 'sqlite_errorname', type(e).__name__)})")
-            raise WebseerError(f"{self.path}: {why}") from e
+        except sqlite3.Error as e: raise WebseerError(f"{self.path}: {self._why(e)}") from e
         except OSError as e: raise WebseerError(f"{self.path}: {e.strerror or e}") from e
+
+    def _why(self, e):
+        "What an error of SQLite means here, and what to do about it."
+        code = (getattr(e, "sqlite_errorcode", None) or 0) & 255
+        full = code == sqlite3.SQLITE_IOERR and shutil.disk_usage(self._file.parent).free < 2**20
+        if full or code == sqlite3.SQLITE_FULL:
+            return "the disk is full: free some space and run again (what was recorded before is safe)"
+        damaged = "it is damaged: move it away, then import an export of it or record again"
+        return {
+            sqlite3.SQLITE_BUSY: f"another process kept it locked for {self.timeout:g} s: "
+                                 "end that process, or open the store with a longer timeout",
+            sqlite3.SQLITE_READONLY: "it may not be written: open it with readonly=True, or mend its permissions",
+            sqlite3.SQLITE_CANTOPEN: "the file cannot be opened or made: check the path and its permissions",
+            sqlite3.SQLITE_CORRUPT: damaged,
+            sqlite3.SQLITE_NOTADB: damaged,
+        }.get(code, f"{e} ({getattr(e, 'sqlite_errorname', type(e).__name__)})")
 
     @contextlib.contextmanager
     def _db(self, begin=""):
@@ -303,15 +316,16 @@ class _File:
         while self._idle: self._idle.pop().close()
         wal = Path(f"{self._file}-wal")
         if self.readonly and not self._immutable and wal.is_file() and not wal.stat().st_size:
-            with contextlib.suppress(sqlite3.Error, OSError):                 # only a writer may remove SQLite's helper files: be one that writes nothing
+            with contextlib.suppress(sqlite3.Error, OSError):
+                # only a writer may remove SQLite's helper files: be one that writes nothing
                 c = sqlite3.connect(f"{self._file.resolve().as_uri()}?mode=rw", uri=True, isolation_level=None)
                 c.execute("SELECT count(*) FROM sqlite_master")
                 c.close()
         if self._cleanup: self._cleanup()
 
     def _forked(self):
-        self._inherited, self._idle = self._idle, deque()                     # kept, never used: closing them here would touch the parent's locks
-        if self._cleanup: self._cleanup.detach()                              # the parent still reads its copy
+        self._inherited, self._idle = self._idle, deque()    # kept, never used: closing them would touch the parent's locks
+        if self._cleanup: self._cleanup.detach()             # the parent still reads its copy
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
@@ -360,51 +374,73 @@ def _keys(kind, request, backend):
     stem = _key_text([kind, {a: v for a, v in request.items() if kind != "search" or a != "k"}])
     return _hash(_key_text([kind, request]) + "\n" + identity), _hash(stem), request.get("k") if kind == "search" else None, _hash(identity)
 
+class _Import:
+    "Takes an export over line by line."
+    def __init__(self, c):
+        self.c, self.sent, self.identities, self.hashes = c, None, {}, set()
+        self.done, self.seen = Counter(added=0, same=0, kept=0), Counter()
+
+    def header(self, d):
+        if d["webseer_store"] != _VERSION:
+            raise WebseerError(f"the export has layout {d['webseer_store']}, this webseer reads layout {_VERSION}")
+        self.sent = {t: d[t] for t in ("backends", "blobs", "answers")}
+
+    def backend(self, d):
+        identity = _key_text(d["identity"])
+        if _hash(identity) != d["backend"]: raise ValueError("the backend is not the one its hash names")
+        self.identities[d["backend"]] = d["identity"]
+        self.seen["backends"] += 1
+        self.c.execute("INSERT OR IGNORE INTO backends VALUES (?, ?, ?)", (d["backend"], identity, bool(d["prefix_stable"])))
+
+    def blob(self, d, line):
+        raw = line.rstrip(b"\r\n")[len(b'{"blob":"","answer":') + 64:-1]  # the answer's own bytes, not what a JSON reader makes of them
+        if hashlib.sha256(raw).hexdigest() != d["blob"]: raise ValueError("the answer is not the one its hash names")
+        self.seen["blobs"] += 1
+        self.hashes.add(d["blob"])
+        self.c.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", (d["blob"], len(raw), _pack(raw)))
+
+    def answer(self, d):
+        kind, backend = d["kind"], self.identities[d["from_backend"]]
+        key, stem, k, _ = _keys(kind, normal_request(kind, d["request"]), backend)
+        if key != d["key"]: raise ValueError("the request is not the one its hash names")
+        if d["answer_blob"] not in self.hashes: raise ValueError("its answer is missing")
+        self.seen["answers"] += 1
+        old = self.c.execute("SELECT blob FROM answers WHERE key = ?", (key,)).fetchone()
+        self.done["added" if not old else "same" if old[0] == d["answer_blob"] else "kept"] += 1
+        if old: return
+        row = (key, stem, k, kind, _key_text(d["request"]), d["from_backend"], source_of(kind, backend), str(d["status"]),
+               str(d["time"]), float(d["seconds"]), d["answer_blob"])
+        self.c.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def finish(self):
+        if self.sent is None or any(self.seen[t] != n for t, n in self.sent.items()):
+            raise ValueError("lines are missing at the end")
+
 def _import_lines(
     c,  # a connection inside a transaction
     lines,  # bytes
     name,  # of the file, for messages
 ) -> dict:  # how many answers were `added`, were there already (`same`), or are there with another content (`kept`)
     "Take over the content of an export; what the store has already, it keeps."
-    done, sent, seen, identities, hashes = Counter(added=0, same=0, kept=0), None, Counter(), {}, set()
-    number = 0
+    new, number = _Import(c), 0
     try:
         for number, line in enumerate(lines, 1):
             d = json.loads(line)
-            if number == 1:
-                if d["webseer_store"] != _VERSION: raise WebseerError(f"the export has layout {d['webseer_store']}, this webseer reads layout {_VERSION}")
-                sent = {t: d[t] for t in ("backends", "blobs", "answers")}
-            elif "backend" in d:
-                identity = _key_text(d["identity"])
-                if _hash(identity) != d["backend"]: raise ValueError("the backend is not the one its hash names")
-                identities[d["backend"]] = d["identity"]
-                seen["backends"] += 1
-                c.execute("INSERT OR IGNORE INTO backends VALUES (?, ?, ?)", (d["backend"], identity, bool(d["prefix_stable"])))
-            elif "blob" in d:
-                raw = line.rstrip(b"\r\n")[len(b'{"blob":"","answer":') + 64:-1]  # the answer's own bytes, not what a JSON reader makes of them
-                if hashlib.sha256(raw).hexdigest() != d["blob"]: raise ValueError("the answer is not the one its hash names")
-                seen["blobs"] += 1
-                hashes.add(d["blob"])
-                c.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", (d["blob"], len(raw), _pack(raw)))
-            else:
-                kind, backend = d["kind"], identities[d["from_backend"]]
-                key, stem, k, _ = _keys(kind, normal_request(kind, d["request"]), backend)
-                if key != d["key"]: raise ValueError("the request is not the one its hash names")
-                if d["answer_blob"] not in hashes: raise ValueError("its answer is missing")
-                seen["answers"] += 1
-                old = c.execute("SELECT blob FROM answers WHERE key = ?", (key,)).fetchone()
-                done["added" if not old else "same" if old[0] == d["answer_blob"] else "kept"] += 1
-                if old: continue
-                row = (key, stem, k, kind, _key_text(d["request"]), d["from_backend"], source_of(kind, backend), str(d["status"]), str(d["time"]),
-                       float(d["seconds"]), d["answer_blob"])
-                c.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-        if sent is None or any(seen[t] != n for t, n in sent.items()): raise ValueError("lines are missing at the end")
+            if number == 1: new.header(d)
+            elif "backend" in d: new.backend(d)
+            elif "blob" in d: new.blob(d, line)
+            else: new.answer(d)
+        new.finish()
     except WebseerError as e: raise WebseerError(f"{name}, line {number}: {e} (nothing was imported)") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, EOFError, OSError, zlib.error) as e:
         why = f"{type(e).__name__}: {str(e)[:120]}"
-        raise WebseerError(f"{name}, line {number}: not the export of a store, or a damaged one ({why}); nothing was imported") from None
-    if done["kept"]: c.execute("DELETE FROM blobs WHERE sha256 NOT IN (SELECT blob FROM answers)")
-    return dict(done)
+        raise WebseerError(f"{name}, line {number}: not the export of a store, or a damaged one ({why}); "
+                           "nothing was imported") from None
+    if new.done["kept"]: c.execute("DELETE FROM blobs WHERE sha256 NOT IN (SELECT blob FROM answers)")
+    return dict(new.done)
+
+
+
 
 # %% ../nbs/02d_store.ipynb #5c6f0780
 _ROW = """SELECT a.kind, a.request, b.identity, a.status, a.time, a.seconds, a.blob, l.size, l.data
@@ -446,8 +482,9 @@ class Store(_File):
         key, stem, k, of = _keys(kind, request, backend)
         with self._db() as c:
             row = c.execute(_ROW + "WHERE a.key = ?", (key,)).fetchone()
-            longer = not row and k and c.execute(_ROW + "WHERE a.stem = ? AND a.backend = ? AND a.k > ? AND a.status = 'ok' AND b.prefix_stable "
-                                                 "ORDER BY a.k LIMIT 1", (stem, of, k)).fetchone()
+            longer = not row and k and c.execute(
+                _ROW + "WHERE a.stem = ? AND a.backend = ? AND a.k > ? AND a.status = 'ok' AND b.prefix_stable "
+                "ORDER BY a.k LIMIT 1", (stem, of, k)).fetchone()
         if row: return self._record(row)
         if not longer: return None
         r = self._record(longer)
@@ -467,11 +504,13 @@ class Store(_File):
         return self._keep(make_record(kind, request, answer, backend, seconds), prefix_stable, lambda status: replace)
 
     def _keep(self, r, prefix_stable, replace, counts=None):
-        if self.readonly: raise WebseerError(f"{self.path} is open read only, so nothing can be recorded: open it without readonly, or replay")
+        if self.readonly:
+            raise WebseerError(f"{self.path} is open read only, so nothing can be recorded: open it without readonly, or replay")
         key, stem, k, of = _keys(r.kind, r.request, r.backend)
         raw = r.text.encode()
         if len(raw) > _LARGEST:
-            raise WebseerError(f"the answer to {show(r.kind, r.request)} has {_size(len(raw))}, more than a store keeps ({_size(_LARGEST)}): cap the pages")
+            raise WebseerError(f"the answer to {show(r.kind, r.request)} has {_size(len(raw))}, "
+                               f"more than a store keeps ({_size(_LARGEST)}): cap the pages")
         sha, data = hashlib.sha256(raw).hexdigest(), _pack(raw)
         with self._db("BEGIN IMMEDIATE") as c:
             if counts: self._count(c, counts)
@@ -482,17 +521,20 @@ class Store(_File):
             c.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", (sha, len(raw), data))
             c.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                       (key, stem, k, r.kind, _key_text(r.request), of, r.source, r.status, r.time, r.seconds, sha))
-            if old and old[1] != sha: c.execute("DELETE FROM blobs WHERE sha256 = ? AND NOT EXISTS (SELECT 1 FROM answers WHERE blob = sha256)", (old[1],))
+            if old and old[1] != sha:
+                c.execute("DELETE FROM blobs WHERE sha256 = ? AND NOT EXISTS (SELECT 1 FROM answers WHERE blob = sha256)", (old[1],))
         return r
 
     def _count(self, c, counts):
         for (kind, source), n in counts.items():
             c.execute("INSERT OR IGNORE INTO ledger (kind, source) VALUES (?, ?)", (kind, source))
-            c.execute(f"UPDATE ledger SET {', '.join(f'{a} = {a} + ?' for a in n)} WHERE kind = ? AND source = ?", (*n.values(), kind, source))
+            sums = ', '.join(f'{a} = {a} + ?' for a in n)
+            c.execute(f"UPDATE ledger SET {sums} WHERE kind = ? AND source = ?", (*n.values(), kind, source))
 
     def spent(self) -> list[dict]:  # one row for each kind and source
         "What recording into this store has cost, over all processes and sessions."
-        with self._db() as c: return [dict(zip(("kind", "source", *_COUNTS), row)) for row in c.execute("SELECT * FROM ledger ORDER BY kind, source")]
+        names = ("kind", "source", *_COUNTS)
+        with self._db() as c: return [dict(zip(names, row)) for row in c.execute("SELECT * FROM ledger ORDER BY kind, source")]
 
     def backends(
         self,
@@ -528,7 +570,8 @@ class Store(_File):
     def _lines(self):
         with self._db("BEGIN") as c:
             try: yield from _export_lines(c)
-            except (ValueError, TypeError, zlib.error) as e: raise WebseerError(f"{self.path} is damaged ({e}) and was not exported") from None
+            except (ValueError, TypeError, zlib.error) as e:
+                raise WebseerError(f"{self.path} is damaged ({e}) and was not exported") from None
 
     def import_(
         self,
@@ -560,7 +603,11 @@ class Store(_File):
                              "GROUP BY 1, 2, 3 ORDER BY 1, 2, 3").fetchall()
         return _table(("kind", "source", "status", "answers", "size"), [(*r[:3], f"{r[3]:,}", _size(r[4])) for r in rows])
 
-def _size(n): return next(f"{n / 1000**i:.{1 if i else 0}f} {u}" for i, u in enumerate(("B", "kB", "MB", "GB", "TB")) if n < 1000**(i + 1) or u == "TB")
+def _size(n):
+    "Bytes as a person would say it."
+    units = ("B", "kB", "MB", "GB", "TB")
+    i = next((i for i in range(4) if n < 1000**(i + 1)), 4)
+    return f"{n / 1000**i:.{1 if i else 0}f} {units[i]}"
 
 def _table(head, rows):
     "A Markdown table whose columns also line up as plain text."
@@ -577,7 +624,8 @@ def _numbers(what, given, known):
     "Check a dict of numbers that a user wrote."
     for name, v in given.items():
         if name not in known: raise WebseerError(f"{what} has no entry {name!r}: {nearest(name, known)}")
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not v >= 0: raise WebseerError(f"{what}: {name} must be a number from 0, not {v!r}")
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not v >= 0:
+            raise WebseerError(f"{what}: {name} must be a number from 0, not {v!r}")
     return dict(given)
 
 def _usage(record):
@@ -610,7 +658,8 @@ class Ledger:
         store: Store,  # where totals are kept
     ):
         "Keep the totals in a store, and count on from what it holds."
-        if self.store not in (None, store): raise WebseerError(f"this ledger counts for {self.store.path}: make another one for {store.path}")
+        if self.store not in (None, store):
+            raise WebseerError(f"this ledger counts for {self.store.path}: make another one for {store.path}")
         self.store = store
 
     def price(self, kind, source): return self.prices.get(source) or self.prices.get(kind) or {}
@@ -635,8 +684,10 @@ class Ledger:
     ):
         "Count an answer that was asked for."
         prompt, answer, cost = _usage(record)
-        if (price := self.price(record.kind, record.source)): cost = (prompt * price.get("prompt_1k", 0) + answer * price.get("completion_1k", 0)) / 1000
-        self.add(record.kind, record.source, errors=record.status != "ok", bytes=record.bytes, seconds=record.seconds, tokens=prompt + answer, money=cost)
+        if (price := self.price(record.kind, record.source)):
+            cost = (prompt * price.get("prompt_1k", 0) + answer * price.get("completion_1k", 0)) / 1000
+        self.add(record.kind, record.source, errors=record.status != "ok", bytes=record.bytes, seconds=record.seconds,
+                 tokens=prompt + answer, money=cost)
 
     def ask(
         self,
@@ -669,8 +720,8 @@ class Ledger:
                 over = costs and (so_far + price.get("request", 0) > most * (1 + 1e-9) or so_far >= most)
             else: over = so_far >= most
             if over:
-                raise BudgetSpent(f"the budget is spent ({so_far:g} of {most:g} {name}), so {source or 'the backend'} was not asked for another {kind}: "
-                                  "raise the budget, or replay what is recorded")
+                raise BudgetSpent(f"the budget is spent ({so_far:g} of {most:g} {name}), so {source or 'the backend'} was not asked "
+                                  f"for another {kind}: raise the budget, or replay what is recorded")
 
     def take(self) -> dict:  # counts that are not in the store yet
         "Hand the new counts to whoever writes them."
@@ -697,16 +748,19 @@ class Ledger:
         if self.store is not None:
             self.flush()
             return self.store.spent()
-        with self._lock: return [dict(kind=k, source=s) | {c: float(n.get(c, 0)) for c in _COUNTS} for (k, s), n in sorted(self._new.items())]
+        with self._lock:
+            return [dict(kind=k, source=s) | {c: float(n.get(c, 0)) for c in _COUNTS} for (k, s), n in sorted(self._new.items())]
 
     def report(self) -> str:  # a table that reads as text and as Markdown
         "The totals as a table, with the budget below."
         rows = self.totals()
         if len(rows) > 1: rows.append(dict(kind="all", source="") | {c: sum(r[c] for r in rows) for c in _COUNTS})
-        n = lambda v: f"{v:,.0f}"
-        table = _table(("kind", "source", "requests", "from store", "misses", "failures", "size", "seconds", "tokens", "money"), [
-            (r["kind"], r["source"], n(r["requests"]), n(r["hits"]), n(r["misses"]), n(r["errors"]), _size(r["bytes"]), f"{r['seconds']:,.1f}",
-             n(r["tokens"]), f"{r['money']:,.4f}") for r in rows])
+        def line(r):
+            counts = [f"{r[c]:,.0f}" for c in ("requests", "hits", "misses", "errors")]
+            costs = [_size(r["bytes"]), f"{r['seconds']:,.1f}", f"{r['tokens']:,.0f}", f"{r['money']:,.4f}"]
+            return (r["kind"], r["source"], *counts, *costs)
+        head = ("kind", "source", "requests", "from store", "misses", "failures", "size", "seconds", "tokens", "money")
+        table = _table(head, map(line, rows))
         return table + (("\n\nBudget: " + ", ".join(f"{v:g} {k}" for k, v in self.budget.items())) if self.budget else "")
 
     def _repr_markdown_(self): return self.report()
@@ -734,7 +788,8 @@ class Recorded(Blocking):
         if store is None and mode != "live": raise WebseerError(f"mode {mode!r} needs a store: give the path of a file")
         self._own = store is not None and not isinstance(store, Store)
         self.store = Store(store, readonly=self.replaying) if self._own else store
-        if mode == "record" and self.store.readonly: raise WebseerError(f"{self.store.path} is open read only: open it for writing to record, or replay")
+        if mode == "record" and self.store.readonly:
+            raise WebseerError(f"{self.store.path} is open read only: open it for writing to record, or replay")
         self.backend, self.mode, self.refresh, self.keep_transient, self._which = backend, mode, refresh, keep_transient, identity
         self.ledger = ledger or Ledger()
         if mode == "record": self.ledger.keep_in(self.store)                  # a replay and a live run write nothing
@@ -805,8 +860,10 @@ class Recorded(Blocking):
     def __getattr__(self, name):
         "`subject` and `asubject` exist where the backend, or the store without one, has them."
         if name in ("subject", "asubject") and "store" in self.__dict__:
-            has = hasattr(self.backend, name) or hasattr(self.backend, "subject") if self.backend is not None else self.store.backends("subject")
-            if has: return (lambda url: self._plain("subject", {"url": url})) if name == "subject" else (lambda url: self._answer("subject", {"url": url}))
+            if self.backend is None: has = self.store.backends("subject")
+            else: has = hasattr(self.backend, name) or hasattr(self.backend, "subject")
+            answer = self._plain if name == "subject" else self._answer
+            if has: return lambda url: answer("subject", {"url": url})
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def _plain(self, kind, request):
@@ -827,8 +884,10 @@ class Recorded(Blocking):
         self.ledger.add(kind, source_of(kind, identity), misses=1)
         with self._lock: self.misses += 1
         if self.mode == "replay": raise NotRecorded(not_recorded(self.store, kind, request, identity))
-        empty = {"search": [], "llm": ("", {"prompt_tokens": 0, "completion_tokens": 0, "finish": "not recorded", "refused": False})}
-        return make_record(kind, request, empty[kind] if kind in empty else PageNotFound(f"the page {request['url']!r} is not on record"), identity)
+        if kind == "search": empty = []
+        elif kind == "llm": empty = "", {"prompt_tokens": 0, "completion_tokens": 0, "finish": "not recorded", "refused": False}
+        else: empty = PageNotFound(f"the page {request['url']!r} is not on record")
+        return make_record(kind, request, empty, identity)
 
     async def _answer(self, kind, request):
         request = normal_request(kind, request)
@@ -839,7 +898,7 @@ class Recorded(Blocking):
             else:
                 task = flying[key] = asyncio.ensure_future(self._fresh(kind, request))
                 task.add_done_callback(lambda t: (flying.pop(key, None), t.cancelled() or t.exception()))
-            found = await asyncio.shield(task)                                # one asker who gives up does not take the answer from the others
+            found = await asyncio.shield(task)                  # one asker who gives up does not take the answer from the others
         return found.result()
 
     async def _fresh(self, kind, request):
@@ -900,10 +959,11 @@ def not_recorded(
         same = c.execute("SELECT a.request, a.backend, b.identity FROM answers a JOIN backends b ON b.id = a.backend WHERE stem = ? "
                          "ORDER BY a.backend = ? DESC", (stem, of)).fetchall()
         rows = [] if same else c.execute("SELECT request FROM answers WHERE kind = ? ORDER BY rowid DESC LIMIT ?",
-                                            (kind, 500 if kind == "llm" else 20000)).fetchall()
+                                         (kind, 500 if kind == "llm" else 20000)).fetchall()
     if same and same[0][1] == of:
         ks = sorted({json.loads(r).get("k") for r, b, _ in same if b == of})
-        hint = f"it was recorded with k={', '.join(map(str, ks))}, and this backend does not declare that fewer results are the first of more"
+        hint = (f"it was recorded with k={', '.join(map(str, ks))}, and this backend does not declare that "
+                "fewer results are the first of more")
     elif same:
         there = json.loads(same[0][2])
         differ = [f"{a} = {there.get(a)!r} there, {backend.get(a)!r} here"
@@ -916,4 +976,5 @@ def not_recorded(
         close = sorted((json.loads(r) for r, in rows), key=lambda r: -len(words(mine) & words(text(r))))[:20]
         hint = "the nearest on record is " + show(kind, max(close, key=lambda r: difflib.SequenceMatcher(None, mine, text(r)).ratio()))
     else: hint = f"the store holds no {kind} answers at all"
-    return f"{store.path} holds no answer to {show(kind, request)}: {hint}; record it first (mode 'record'), or let misses be empty (mode 'replay-empty')"
+    return (f"{store.path} holds no answer to {show(kind, request)}: {hint}; record it first (mode 'record'), "
+            "or let misses be empty (mode 'replay-empty')")

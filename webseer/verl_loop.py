@@ -6,13 +6,14 @@
 __all__ = ['READER_NUMBERS', 'worlds_app', 'LoopSettings', 'loop_settings', 'agent_config', 'row_question', 'row_address', 'Part',
            'row_tools', 'after_reply', 'encode_chat', 'EngineFailed', 'TokenPolicy', 'EngineChat', 'EngineReader',
            'Rolled', 'trim', 'numbers_of', 'score_row', 'run_row', 'record_row', 'recorded', 'rollout_metrics',
-           'step_metrics', 'turn_seeds', 'tool_config', 'compute_score']
+           'step_metrics', 'place_of', 'turn_seeds', 'in_order', 'tool_config', 'compute_score']
 
 # %% ../nbs/14a_verl_loop.ipynb #a8b92493
 import asyncio, json, logging, os, re, time, weakref
 from collections import OrderedDict
 from copy import copy
 from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
 
 from .core import WebseerError, append_jsonl, keyed_rng, nearest, read_jsonl
@@ -555,20 +556,31 @@ def step_metrics(
     return {f"webseer/{k}": sum(f["reward_extra_info"][k] for f in found) / len(found) for k in found[0]["reward_extra_info"]}
 
 # %% ../nbs/14a_verl_loop.ipynb #e7cb8412
+def place_of(
+    row: dict,  # of the parquet file, as verl passes it on
+) -> tuple:  # step, split, number of the question in its file, number of the rollout in its group
+    "Where a rollout stands in a run."
+    info = row.get("extra_info") or {}
+    return _plain(row.get("global_steps"), 0), str(info.get("split") or "train"), str(info.get("index")), _plain(row.get("session_id"), 0)
+
 def turn_seeds(
     seed: int,  # of the run; negative: none
     row: dict,  # of the parquet file, as verl passes it on
 ):  # endless iterator over sampling parameters, one dict a turn
     "The seeds of a rollout's turns."
-    info, turn = row.get("extra_info") or {}, 0
-    place = _plain(row.get("global_steps"), 0), str(info.get("split") or "train"), str(info.get("index")), _plain(row.get("session_id"), 0)
-    while True:
-        yield dict(seed=keyed_rng("turn", seed, *place, turn).getrandbits(31)) if seed >= 0 else {}
-        turn += 1
+    for turn in count(): yield dict(seed=keyed_rng("turn", seed, *place_of(row), turn).getrandbits(31)) if seed >= 0 else {}
 
 def _plain(x, default):
     "A number that may have come in an array."
     return default if x is None else int(x.item() if hasattr(x, "item") else x)
+
+# %% ../nbs/14a_verl_loop.ipynb #6d068383
+def in_order(
+    found: list[dict],  # what the loop left in `extra_fields` of each rollout of a step
+) -> list[int] | None:  # the positions in which to take them; None if a rollout is another loop's
+    "The order of a step's rollouts in the run."
+    places = [(f.get("webseer") or {}).get("place") for f in found]
+    return sorted(range(len(found)), key=lambda i: places[i]) if all(places) else None
 
 # %% ../nbs/14a_verl_loop.ipynb #bc24f199
 def _agent_loop():
@@ -603,8 +615,9 @@ def _agent_loop():
                 response_logprobs=r.logprobs if sampling_params.get("logprobs") else None,
                 reward_score=r.reward, num_turns=len(r.traj.messages), multi_modal_data={},
                 metrics=AgentLoopMetrics(generate_sequences=r.seconds[0], tool_calls=r.seconds[1]),
-                extra_fields=dict(reward_extra_info=r.numbers, webseer=dict(error=r.traj.meta.get("error", "")), turn_scores=[],
-                                  tool_rewards=[], min_global_steps=min(known), max_global_steps=max(known)))
+                extra_fields=dict(reward_extra_info=r.numbers, turn_scores=[], tool_rewards=[],
+                                  webseer=dict(error=r.traj.meta.get("error", ""), place=list(place_of(row))),
+                                  min_global_steps=min(known), max_global_steps=max(known)))
     return WebseerAgentLoop
 
 def _attempt():
@@ -620,20 +633,24 @@ def _attempt():
 
 # %% ../nbs/14a_verl_loop.ipynb #e570b900
 def _manager():
-    "verl's manager of agent loops; where it is named, the trainer looks at the numbers of the rollouts before it computes advantages."
+    "verl's manager of agent loops; where it is named, the trainer puts rollouts in order, and looks at their numbers."
     import transfer_queue as tq
     from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
-    before = PPOTrainer._compute_advantage
-    def _compute_advantage(self, batch, metrics):
+    share, advantages = PPOTrainer._balance_batch, PPOTrainer._compute_advantage
+    def left_by_the_loop(batch):
         keys = [k for k, tag in zip(batch.keys, batch.tags) if not tag.get("is_padding", False)]
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-        metrics.update(step_metrics([getattr(x, "data", x) for x in data["extra_fields"]], self.global_steps))
-        return before(self, batch, metrics)
-    if not hasattr(before, "webseer"):                                   # once, however often the class is made
-        _compute_advantage.webseer = True
-        PPOTrainer._compute_advantage = _compute_advantage
-    class WebseerManager(AgentLoopManagerTQ): "verl's manager; the trainer's look at the numbers comes with it."
+        return [getattr(x, "data", x) for x in data["extra_fields"]]
+    def _balance_batch(self, batch, *args, **kwargs):
+        if order := in_order(left_by_the_loop(batch)): batch.reorder(order)
+        return share(self, batch, *args, **kwargs)
+    def _compute_advantage(self, batch, metrics):
+        metrics.update(step_metrics(left_by_the_loop(batch), self.global_steps))
+        return advantages(self, batch, metrics)
+    if not hasattr(PPOTrainer, "webseer"):                               # once, however often the class is made
+        PPOTrainer.webseer, PPOTrainer._balance_batch, PPOTrainer._compute_advantage = True, _balance_batch, _compute_advantage
+    class WebseerManager(AgentLoopManagerTQ): "verl's manager; what it brings into the trainer comes with it."
     return WebseerManager
 
 # %% ../nbs/14a_verl_loop.ipynb #6664af81

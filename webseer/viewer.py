@@ -15,7 +15,7 @@ from .core import WebseerError, fingerprint, to_json, write_text
 from .traj import SOURCES, STOPS, Traj, events
 from .rewards import METRICS, normalise, score_answer
 from .agent import FAULTS
-from .released import KNOWN, NAMES, RULES, _BLOCK, _decode, _entries, _read, _text, read_call, read_rollout
+from .released import CALL_BLOCK, KNOWN, NAMES, REPLY_ROLES, RULES, entries, raw_calls, read_call, read_rollout, text_of, undo_json
 
 # %% ../nbs/13a_viewer.ipynb #85d29a24
 @dataclass
@@ -32,58 +32,88 @@ def _line(path, i, raw):
     except (WebseerError, TypeError) as e: why = str(e)
     raise WebseerError(f"{path}, line {i}: {why}: remove the line or write the file again")
 
+_KINDS = dict(question=str, golds=list, qid=str, messages=list, ids=list, mask=list, logprobs=list, submissions=list, calls=list,
+              parts=dict, stop=str, meta=dict, tools=list, turns=list, faults=dict, spliced=list, reward=(int, float))
+
 def _whole(d):
     "Refuse a record that no trajectory can look like, before anything relies on its shape."
     if not isinstance(d, dict): raise TypeError(f"a {type(d).__name__}, not a trajectory")
-    kinds = dict(question=str, golds=list, qid=str, messages=list, ids=list, mask=list, logprobs=list, submissions=list, calls=list, parts=dict,
-                 stop=str, meta=dict, tools=list, turns=list, faults=dict, spliced=list, reward=(int, float))
-    for k, kind in kinds.items():
-        if k in d and (not isinstance(d[k], kind) or isinstance(d[k], bool)): raise TypeError(f"the field {k} is a {type(d[k]).__name__}")
+    for k, kind in _KINDS.items():
+        if k in d and (not isinstance(d[k], kind) or isinstance(d[k], bool)):
+            raise TypeError(f"the field {k} is a {type(d[k]).__name__}")
     for k in ("messages", "submissions", "turns"):
         if not all(isinstance(x, dict) for x in d.get(k, ())): raise TypeError(f"an entry of {k} is no object")
-    for m in d.get("messages", ()):
-        calls = m.get("tool_calls") or []
-        if not isinstance(m.get("role"), str) or not isinstance(m.get("content") or "", str): raise TypeError("a message lacks role or text")
-        if not isinstance(calls, list) or not all(isinstance(c, dict) and isinstance(c.get("function"), dict) and isinstance(c["function"].get("name"), str)
-                                                  and isinstance(c["function"].get("arguments"), str) for c in calls): raise TypeError("a tool call lacks name or arguments")
-    ids = d.get("ids", ())
-    if ids and not (len(ids) == len(d.get("mask", ())) and len(d.get("logprobs", ())) in (0, len(ids))): raise TypeError("ids, mask and logprobs differ in length")
-    if not all(type(x) is int and x >= 0 for x in ids) or not all(x in (0, 1) for x in d.get("mask", ())): raise TypeError("ids or mask hold something else than whole numbers")
-    if not all(isinstance(x, (int, float)) for x in d.get("logprobs", ())): raise TypeError("logprobs hold something else than numbers")
-    if not all(isinstance(s, list) and len(s) == 3 and all(isinstance(x, int) for x in s) for s in d.get("spliced", ())): raise TypeError("spliced holds something else than [message, start, end]")
+    for m in d.get("messages", ()): _whole_message(m)
+    _whole_tokens(d.get("ids", ()), d.get("mask", ()), d.get("logprobs", ()))
+    for s in d.get("spliced", ()):
+        if not (isinstance(s, list) and len(s) == 3 and all(isinstance(x, int) for x in s)):
+            raise TypeError("spliced holds something else than [message, start, end]")
     return d
+
+def _whole_message(m):
+    "Refuse a message without role or text, or with a call that lacks name or arguments."
+    def whole(call):
+        f = call.get("function") if isinstance(call, dict) else None
+        return isinstance(f, dict) and isinstance(f.get("name"), str) and isinstance(f.get("arguments"), str)
+    if not isinstance(m.get("role"), str) or not isinstance(m.get("content") or "", str):
+        raise TypeError("a message lacks role or text")
+    calls = m.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(map(whole, calls)): raise TypeError("a tool call lacks name or arguments")
+
+def _whole_tokens(ids, mask, logprobs):
+    "Refuse token ids, mask and log-probabilities that do not belong together or are no numbers."
+    if ids and not (len(ids) == len(mask) and len(logprobs) in (0, len(ids))):
+        raise TypeError("ids, mask and logprobs differ in length")
+    if not all(type(x) is int and x >= 0 for x in ids) or not all(x in (0, 1) for x in mask):
+        raise TypeError("ids or mask hold something else than whole numbers")
+    if not all(isinstance(x, (int, float)) for x in logprobs): raise TypeError("logprobs hold something else than numbers")
+
+
+
 
 # %% ../nbs/13a_viewer.ipynb #77d7813d
 def _arguments(raw, call):
     "The arguments of a published call as JSON text, or as they stand where they are unreadable."
     if call.problem != "unreadable arguments": return to_json(call.args)
-    fn = _decode(raw)
+    fn = undo_json(raw)
     fn = fn.get("function", fn) if isinstance(fn, dict) else {}
     return str(fn.get("arguments", "")) if isinstance(fn, dict) else ""
 
 def _message(m):
     "A published message in the form of chapter 4."
-    role, text = m.get("role"), _text(m.get("content"))
-    if role in ("tool", "function"): return dict(role="tool", tool_call_id=str(m.get("tool_call_id", "")), name=str(m.get("name") or ""), content=text)
+    role, text = m.get("role"), text_of(m.get("content"))
+    if role in REPLY_ROLES:
+        name, of = str(m.get("name") or ""), str(m.get("tool_call_id", ""))
+        return dict(role="tool", tool_call_id=of, name=name, content=text)
     if role != "assistant": return dict(role="system" if role == "system" else "user", content=text)
-    raw = _decode(m.get("tool_calls")) or ([m["function_call"]] if m.get("function_call") else [])
-    raw = [raw] if isinstance(raw, dict) else raw if isinstance(raw, list) else [None]
-    thought = "\n\n".join(t for t in (_text(m.get("reasoning")), text) if t.strip())
-    if not raw and (raw := _BLOCK.findall(text)): thought = text.split("<tool_call>")[0]
-    calls = [dict(id=f"call-{i}", type="function", function=dict(name=c.tool, arguments=_arguments(r, c))) for i, r in enumerate(raw) for c in [read_call(r)]]
+    raw = raw_calls(m)
+    thought = "\n\n".join(t for t in (text_of(m.get("reasoning")), text) if t.strip())
+    if not raw and (raw := CALL_BLOCK.findall(text)): thought = text.split("<tool_call>")[0]
+    calls = [_call(i, r) for i, r in enumerate(raw)]
     return dict(role="assistant", content=thought) | (dict(tool_calls=calls) if calls else {})
+
+def _call(i, raw):
+    "A published call in the form of chapter 4."
+    c = read_call(raw)
+    return dict(id=f"call-{i}", type="function", function=dict(name=c.tool, arguments=_arguments(raw, c)))
+
+def _published_faults(r):
+    "The irregularities of a published rollout, by kind."
+    bad = dict(bad_arguments="unreadable arguments", wrong_arguments="missing argument", no_name="no tool name")
+    out = {k: sum(c.problem == p for c in r.calls) for k, p in bad.items()}
+    out |= dict(no_call=r.silent, unknown_tool=sum(c.tool not in (*KNOWN, "(no name)") for c in r.calls),
+                call_in_the_text=r.in_text, unanswered=r.unanswered)
+    return {k: n for k, n in out.items() if n}
 
 def _published(path):
     "The rollouts of a published file."
-    for i, item in enumerate(_entries(path, _read(path))):
+    for i, item in enumerate(entries(path)):
         r = read_rollout(item, str(path), i)
-        bad = dict(bad_arguments="unreadable arguments", wrong_arguments="missing argument", no_name="no tool name")
-        faults = {k: sum(c.problem == p for c in r.calls) for k, p in bad.items()}
-        faults |= dict(no_call=r.silent, unknown_tool=sum(c.tool not in (*KNOWN, "(no name)") for c in r.calls), call_in_the_text=r.in_text, unanswered=r.unanswered)
         subs = [dict(answer=s, **(score_answer(s, r.golds) if r.golds else {})) for s in r.submissions]
         told = {k: item[k] for k in ("seed", "recall", "final_answer", "success") if k in item}
-        yield Shown(Traj(r.question, r.golds, messages=[_message(m) for m in _decode(item["messages"])], submissions=subs, calls=[c.tool for c in r.calls],
-                         faults={k: n for k, n in faults.items() if n}, meta=dict(published=told, answer=r.answer)), r.judged, f"rollout {i}")
+        t = Traj(r.question, r.golds, messages=[_message(m) for m in undo_json(item["messages"])], submissions=subs,
+                 calls=[c.tool for c in r.calls], faults=_published_faults(r), meta=dict(published=told, answer=r.answer))
+        yield Shown(t, r.judged, f"rollout {i}")
 
 def read_run(
     path,  # a run file of this package, or a published file of rollouts
@@ -121,6 +151,11 @@ def _irregular(t):
     out |= {k: n for k, n in dict(failed=t.calls.count("failed"), drift=sum(bool(u.get("drift")) for u in t.turns)).items() if n}
     return {str(k): n for k, n in out.items() if isinstance(n, int) and n}
 
+def _length(t):
+    "Tokens of a trajectory: its ids, or what the server counted for the last turn; 0 where neither is known."
+    last = t.turns[-1] if t.turns else {}
+    return len(t.ids) or sum(_finite(last.get(k)) or 0 for k in ("prompt_tokens", "completion_tokens"))
+
 def index_row(
     shown,  # Shown
 ) -> dict:  # plain numbers and short texts
@@ -129,13 +164,14 @@ def index_row(
     last = t.submissions[-1] if t.submissions else {}
     values = {k: _finite(last.get(k)) for k in METRICS}
     passed = {k: None if v is None else int(RULES[k][1](v)) for k, v in values.items()}
-    judged, unanswered = None if shown.judged is None else int(shown.judged), None if not t.golds or last else 0
-    right = judged if judged is not None else passed["em"] if passed["em"] is not None else unanswered
+    judged = None if shown.judged is None else int(shown.judged)
+    unanswered = None if not t.golds or last else 0
+    right = next((x for x in (judged, passed["em"]) if x is not None), unanswered)
     scored, faults = bool(t.parts) or t.reward != 0, _irregular(t)
-    tokens = len(t.ids) or (sum(_finite(t.turns[-1].get(k)) or 0 for k in ("prompt_tokens", "completion_tokens")) if t.turns else 0)
-    return dict(question=t.question, qid=t.qid, golds=[str(g) for g in t.golds], answer=str(t.meta.get("answer") or last.get("answer", "")), right=right, depth=len(t.calls), stop=t.stop,
+    return dict(question=t.question, qid=t.qid, golds=[str(g) for g in t.golds],
+                answer=str(t.meta.get("answer") or last.get("answer", "")), right=right, depth=len(t.calls), stop=t.stop,
                 subs=len(t.submissions), **{"pass": [judged, *passed.values()]}, values=[None, *values.values()], f1=values["f1"],
-                reward=_finite(t.reward) if scored else None, tokens=tokens, seconds=_sum(u.get("seconds") for u in t.turns),
+                reward=_finite(t.reward) if scored else None, tokens=_length(t), seconds=_sum(u.get("seconds") for u in t.turns),
                 cost=_sum(u.get("cost") for u in t.turns), faults=faults, faultcount=sum(faults.values()), place=shown.place)
 
 # %% ../nbs/13a_viewer.ipynb #f6710375
@@ -159,7 +195,8 @@ def question_keys(
     def key(world, qid, text):
         if (k := named(world, qid)): return k
         same = known.get(normalise(text), ())
-        return next(iter(same)) if len(same) == 1 and not qid else "~" + fingerprint([str(world) if qid else "", normalise(text) or text])[:8]
+        if len(same) == 1 and not qid: return next(iter(same))
+        return "~" + fingerprint([str(world) if qid else "", normalise(text) or text])[:8]
     return [[key(*x) for x in run] for run in runs]
 
 # %% ../nbs/13a_viewer.ipynb #ce8cbaba
@@ -205,18 +242,22 @@ class Pieces:
         folder,  # with tokenizer.json
     ):
         path = Path(folder)/"tokenizer.json" if Path(folder).is_dir() else Path(folder)
-        if not path.is_file(): raise WebseerError(f"{folder} holds no tokenizer.json: give the folder of the checkpoint that made the run")
+        if not path.is_file():
+            raise WebseerError(f"{folder} holds no tokenizer.json: give the folder of the checkpoint that made the run")
         try: from tokenizers import Tokenizer
         except ImportError: raise WebseerError("tokens need the package tokenizers: pip install 'webseer[train]'") from None
         try: self._tok = Tokenizer.from_file(str(path))
-        except Exception as e: raise WebseerError(f"{path} is no tokenizer: {' '.join(str(e).split())[:120]}") from None  # the library raises bare Exception
+        except Exception as e:                                                # the library raises bare Exception
+            raise WebseerError(f"{path} is no tokenizer: {' '.join(str(e).split())[:120]}") from None
         self._anchor = next((i for c in "a.0e" if len(i := self._tok.encode(c, add_special_tokens=False).ids) == 1), [])
         self._lead, self.list, self._number, self._known = len(self._decode([])), [], {}, {}
 
     def _decode(self, ids): return self._tok.decode([*self._anchor, *ids], skip_special_tokens=False)
 
     def _add(self, id, text):
-        if (id, text) not in self._number: self._number[id, text] = len(self.list); self.list.append([id, text])
+        if (id, text) not in self._number:
+            self._number[id, text] = len(self.list)
+            self.list.append([id, text])
         return self._number[id, text]
 
     def texts(self,
@@ -256,14 +297,17 @@ def _json(x):
 
 def _pack(name, text):
     "A compressed block as an element that no browser runs."
-    return f'<script type="application/octet-stream" id="{name}">{base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()}</script>'
+    packed = base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+    return f'<script type="application/octet-stream" id="{name}">{packed}</script>'
 
 class _Blocks:
     "Collects bodies; `starts` holds the number of the first trajectory of each block."
     def __init__(self): self.starts, self.done, self._open, self._size, self._n = [], [], [], 0, 0
     def add(self, text):
         if not self._open: self.starts.append(self._n)
-        self._open.append(text); self._size += len(text); self._n += 1
+        self._open.append(text)
+        self._size += len(text)
+        self._n += 1
         if self._size >= BLOCK: self.close()
     def close(self):
         if self._open: self.done.append(_pack(f"block{len(self.done)}", f"[{','.join(self._open)}]"))
@@ -312,10 +356,17 @@ def view(
         for i, s in enumerate(read_run(path)):
             try: row, text = index_row(s) | dict(run=k), _json(body(s, pieces))
             except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as e:
-                raise WebseerError(f"{path}, {s.place}: not a usable trajectory ({type(e).__name__}: {e}): remove it or write the file again") from None
-            rows.append(row); blocks.add(text); runs[-1].append((s.traj.world, s.traj.qid, s.traj.question))
+                raise WebseerError(f"{path}, {s.place}: not a usable trajectory ({type(e).__name__}: {e}): "
+                                   "remove it or write the file again") from None
+            rows.append(row)
+            blocks.add(text)
+            runs[-1].append((s.traj.world, s.traj.qid, s.traj.question))
     blocks.close()
     return write_text(out, _page(title or "webseer · " + ", ".join(names), names, rows, runs, blocks, pieces))
+
+_MORE_FAULTS = dict(malformed="the call could not be carried out", failed="the tool gave no answer",
+                    drift="the server read the past as other tokens than were generated",
+                    call_in_the_text="a call stands in the text, where no tool answered it", unanswered="a call has no reply")
 
 def _page(title, names, rows, runs, blocks, pieces):
     "The template with index and blocks."
@@ -324,11 +375,12 @@ def _page(title, names, rows, runs, blocks, pieces):
         at = (row["run"], key)
         counts[at] = counts.get(at, 0) + 1
         row |= dict(q=key, n=counts[at])
-    metrics = [dict(key="judge", name="Judge", rule="the judge says so")] + [dict(key=k, name=NAMES[k], rule=RULES[k][0]) for k in METRICS]
-    faults = FAULTS | dict(malformed="the call could not be carried out", failed="the tool gave no answer", drift="the server read the past as other tokens than were generated",
-                           call_in_the_text="a call stands in the text, where no tool answered it", unanswered="a call has no reply")
-    index = dict(title=title, runs=[dict(name=n, count=len(r)) for n, r in zip(names, runs)], fields=list(rows[0]), rows=[list(r.values()) for r in rows],
-                 starts=blocks.starts, metrics=metrics, stops=STOPS, faults=faults, sources=SOURCES)
+    metrics = [dict(key="judge", name="Judge", rule="the judge says so")]
+    metrics += [dict(key=k, name=NAMES[k], rule=RULES[k][0]) for k in METRICS]
+    index = dict(title=title, runs=[dict(name=n, count=len(r)) for n, r in zip(names, runs)], fields=list(rows[0]),
+                 rows=[list(r.values()) for r in rows], starts=blocks.starts, metrics=metrics, stops=STOPS,
+                 faults=FAULTS | _MORE_FAULTS, sources=SOURCES)
     packed = [*blocks.done, *([_pack("pieces", _json(pieces.list))] if pieces else [])]
     template = _template()
-    return _fill(template, policy=_policy(template), title=html.escape(title), index=_json(index).replace("<", "\\u003c"), blocks="\n".join(packed))
+    return _fill(template, policy=_policy(template), title=html.escape(title), blocks="\n".join(packed),
+                 index=_json(index).replace("<", "\\u003c"))
