@@ -409,7 +409,8 @@ def curves(
     stages, stamp = ("sft", "srrl"), road.report[road.name]["stamp"]
     runs = zip(stages, (run_folder(road.profile, "sft", road.variant), road.folder))
     rows = pd.concat([pd.DataFrame(read_metrics(folder)).assign(stage=stage, seed=stamp["seed"]) for stage, folder in runs])
-    title = f"Learning curves under verl ({stamp['profile']}, {stamp['device']}, rollouts by {road.profile.verl_rollout})"
+    n = road.report[f"check-{road.name}"]["rollouts"] // road.report[road.name]["steps"]
+    title = f"Under verl: profile {stamp['profile']}, {stamp['device']}, {n} rollouts a step by {road.profile.verl_rollout}"
     fig, table, _ = fig_learning(rows, title, stages)
     name = f"{road.name}-{road.variant}"
     return [*save_figure(fig, table, Path(out), name), write_json(Path(out)/f"{name}.json", road.report)]
