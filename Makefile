@@ -5,7 +5,8 @@
 # make verl                          set up .venv-verl: verl, in an environment of its own (2 GB)
 # make test-verl                     objectives, agent loop, launchers and data against it; says so and passes where it cannot be installed
 # make verl-vllm                     add verl to .venv-vllm, for rollouts by vLLM inside verl
-# make verl-proof                    SFT and SRRL through it on two cores, killed and resumed, every reward and mask recomputed; once more with vLLM
+# make verl-proof                    SFT and SRRL through it on two cores, killed and resumed, every reward and mask recomputed
+# make verl-proof-vllm               the same, and SRRL once more with rollouts by vLLM
 # make gpu-proof                     the same on one GPU, with the verl of this Python or of WEBSEER_VERL, in ten minutes
 PROFILE ?= laptop
 PYTHON  ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,13))' 2>/dev/null && { echo $$p; break; }; done)
@@ -14,7 +15,7 @@ FIND_TORCH = $(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_TORCH)/t
 BIN   := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test reproduce setup vllm test-vllm verl test-verl verl-vllm verl-proof gpu-proof
+.PHONY: test reproduce setup vllm test-vllm verl test-verl verl-vllm verl-proof verl-proof-vllm gpu-proof
 setup: $(READY)
 
 test: $(READY)
@@ -72,6 +73,8 @@ $(VERL_VLLM): $(VLLM_READY)
 
 verl-proof: $(READY) $(VERL_READY)
 	WEBSEER_VERL=$(CURDIR)/.venv-verl/bin/python $(BIN)/webseer prove --profile verl-cpu
+
+verl-proof-vllm: verl-proof
 	@if $(MAKE) verl-vllm; then WEBSEER_VERL=$(CURDIR)/.venv-vllm/bin/python $(BIN)/webseer prove --profile verl-cpu --engine vllm --rl steps=2 --kill-after 0; \
 	else echo "SKIPPED: vLLM for the CPU could not be installed on this machine; verl's rollouts by vLLM were not tested"; fi
 
