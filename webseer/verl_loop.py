@@ -229,8 +229,8 @@ def after_reply(
     **template,  # further variables of the chat template
 ) -> str:
     "Text between a reply and the next one. Raises WebseerError for a template that does not show replies as they are."
-    stub = [dict(role="system", content="s"), dict(role="user", content="q"), dict(role="assistant", content=_STAND_IN)]
-    try: whole = tokenizer.apply_chat_template(stub + list(new), add_generation_prompt=True, tokenize=False, **template)
+    talk = [dict(role="system", content="s"), dict(role="user", content="q"), dict(role="assistant", content=_STAND_IN)]
+    try: whole = tokenizer.apply_chat_template(talk + list(new), add_generation_prompt=True, tokenize=False, **template)
     except Exception as e:
         raise WebseerError(f"the model's chat template cannot render a tool's answer ({type(e).__name__}: {str(e)[:120]})") from None
     if whole.count(_STAND_IN) != 1:
