@@ -289,7 +289,8 @@ def test_an_attempt_is_contained_and_the_session_goes_on(kind, name, records):
     assert outcome.ok is (outcome.why == "") and outcome.why in ("", *WHYS)
     # waiting for a turn behind other attempts is not part of a run; a run itself ends soon after its limit
     assert seconds < 60
-    assert after.text.splitlines()[-1] == "42" and again.text == "2", "the session must go on, and what was set must be there"
+    # an attempt may have harmed its interpreter so that it ends one run later: the session tells it and goes on all the same
+    assert [after.text.splitlines()[-1], again.text.splitlines()[-1]] == ["42", "2"], "the session must go on, and what was set must be there"
 
 
 @pytest.mark.parametrize("name, whys", [
@@ -623,6 +624,19 @@ def test_the_process_stands_still_between_runs():
             outcome = await s.run("2 + 2")   # the lie is found out, or the loop behind it is stopped
             assert not outcome.ok or outcome.text.endswith("4")
             assert (await s.run("2 + 2")).text == "4"
+    asyncio.run(main())
+
+
+def test_a_wire_made_impatient_is_mended():
+    "Code may set the driver's socket to non-blocking; a driver that is let run before the next request comes has to wait for it."
+    need("bubblewrap")
+
+    async def main():
+        async with open_sandbox("bubblewrap", TIGHT).session() as s:
+            await s.run("kept = 5\n" + ATTEMPTS["pipe drained"])
+            s._work._signal(signal.SIGCONT)
+            await asyncio.sleep(0.3)
+            assert (await s.run("kept")).text == "5"
     asyncio.run(main())
 
 

@@ -146,9 +146,11 @@ def serve():
 
     def send(letter, data):
         data = memoryview(letter + len(data).to_bytes(4, "big") + data)
+        os.set_blocking(wire, True)   # earlier code may have changed it
         while data: data = data[os.write(wire, data):]
 
     def take(size):
+        os.set_blocking(wire, True)
         got = bytearray()
         while len(got) < size:
             piece = os.read(wire, min(size - len(got), 1 << 16))
