@@ -357,6 +357,29 @@ def test_scripts_run_the_same_command(shop, fake, tmp_path, monkeypatch):
         assert plan.stage == "sft" or told[0].endswith(f"VERL_FILE_LOGGER_PATH='{second['file']}'") or second["file"].replace("'", "\\'") in told[0]
 
 
+@pytest.mark.parametrize("name", ["run.sh", "slurm.sh"])
+def test_scripts_hold_the_folder_too(shop, fake, tmp_path, name):
+    plan = sft(shop, folder=tmp_path/"run")
+    L.write(plan)
+    (tmp_path/"scontrol").write_text("#!/bin/bash\necho n1\n")
+    (tmp_path/"srun").write_text("#!/bin/bash\nshift\nexec \"$@\"\n")
+    for f in ("scontrol", "srun"): (tmp_path/f).chmod(0o755)
+    env = {**os.environ, "WEBSEER_VERL": str(fake), "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n1"}
+    start = lambda **more: subprocess.Popen(["bash", plan.folder/name], env=env | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                            start_new_session=True)
+    with sole_user(plan.folder):
+        second = start()
+        assert "is in use by process" in second.communicate(timeout=30)[1] and second.returncode == 1 and not (tmp_path/"calls.jsonl").exists()
+    first = start(SLOW="1")
+    try:
+        assert any(line == "working\n" for line in first.stdout)
+        with pytest.raises(WebseerError, match=f"is in use by process {first.pid}"), sole_user(plan.folder): pass
+    finally: os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert any(is_free(plan.folder) or time.sleep(0.1) for _ in range(100))
+    assert start().wait(30) == 0
+
+
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_slurm_script(shop, fake, tmp_path, nodes):
     bin_ = tmp_path/"bin"

@@ -508,8 +508,11 @@ PYTHON=${{WEBSEER_VERL:-{python}}}
 FOLDER={folder}
 {exports}
 """
-_NEW_LOG = """\
+_BEGIN = """\
 mkdir -p "$FOLDER/metrics"
+exec 9<>"$FOLDER/lock"   # the same lock as `webseer launch` takes; it goes with the last process that holds it
+flock -n 9 || { echo "$FOLDER is in use by process $(cat "$FOLDER/lock"): wait for it, end it, or take another folder" >&2; exit 1; }
+printf %s $$ > "$FOLDER/lock"
 n=0; while [ -e "$FOLDER/metrics/verl-$(printf %03d $n).jsonl" ]; do n=$((n + 1)); done
 export VERL_FILE_LOGGER_PATH="$FOLDER/metrics/verl-$(printf %03d $n).jsonl"
 """
@@ -556,7 +559,7 @@ def _head(plan):
 
 def _slurm(plan, port):
     sbatch = _SBATCH.format(stage=plan.stage, variant=plan.variant, nodes=plan.nodes, gpus=plan.gpus, folder=plan.folder)
-    start = sbatch + _head(plan) + _NEW_LOG + _NODES
+    start = sbatch + _head(plan) + _BEGIN + _NODES
     if plan.stage == "sft": return f"{start}srun --kill-on-bad-exit=1 {_shell(plan, '$HEAD:29500' if plan.nodes > 1 else None)}\n"
     return f"{start}{_START_RAY.replace('PORT', str(port)).replace('GPUS', str(plan.gpus))}{_ON_HEAD} {_shell(plan)}\n"
 
@@ -566,7 +569,7 @@ def scripts(
 ) -> dict[str, str]:  # file name -> shell script
     "run.sh for one machine; for several, the commands of head and workers and a Slurm script."
     head = _head(plan)
-    out = {"run.sh": f"{head}{_NEW_LOG}{_shell(plan)}\n", "slurm.sh": _slurm(plan, port)}
+    out = {"run.sh": f"{head}{_BEGIN}{_shell(plan)}\n", "slurm.sh": _slurm(plan, port)}
     if plan.stage == "srrl":
         out["ray_head.sh"] = (f"{head}# on the first node, once; then ray_worker.sh on the others, then run.sh here with RAY_ADDRESS=auto\n"
                               f"{_RAY} start --head --port={port} --num-gpus={plan.gpus}\n")

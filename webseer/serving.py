@@ -100,6 +100,8 @@ def _free(host, port):
         except OSError: return None
         return s.getsockname()[1]
 
+_GUARD = "read nothing; kill -TERM -$0; sleep 10; kill -KILL -$0"   # its input ends with the process that holds the other end
+
 class ModelServer:
     "A vLLM server as a child process; use it in a `with` statement."
     def __init__(
@@ -120,7 +122,7 @@ class ModelServer:
         self.command = serve_command(profile, model, host, self.port, vllm or find_vllm(), cpu)
         self.env = QUIET_ENV | (CPU_ENV if cpu else {})
         self.base_url, self.model = f"http://{host}:{self.port}/v1", profile.serve_name
-        self._tail, self._process = collections.deque(maxlen=400), None
+        self._tail, self._process, self._guard = collections.deque(maxlen=400), None, None
 
     def __repr__(self): return f"ModelServer({self.model!r}, {self.base_url!r})"
 
@@ -132,6 +134,8 @@ class ModelServer:
                                                   errors="replace", start_new_session=True, env={**self.env, **os.environ})
             except OSError as e: raise WebseerError(f"{self.command[0]} cannot be started: {e.strerror}") from None
             keep.pop_all()
+        self._guard = subprocess.Popen(["/bin/sh", "-c", _GUARD, str(self._process.pid)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                       start_new_session=True)
         self._reader = threading.Thread(target=self._read, args=(out,), daemon=True)
         self._reader.start()
         try: self._wait()
@@ -173,6 +177,8 @@ class ModelServer:
                 self._process.wait(wait)
                 if sign == signal.SIGTERM: continue                   # its workers may have outlived it
                 break
+        self._guard.kill()
+        self._guard.communicate()
         self._reader.join(5)
 
     def __enter__(self): return self.start()
