@@ -321,7 +321,7 @@ async def reflect(
             turns, bridge = work.messages[2:-1], prefix + THOUGHTS['propose'].format(answer)
             _splice(t, bridge)
             turns[0] = {**turns[0], 'content': bridge + turns[0]['content']}
-            t.messages += turns
+            t.messages += _numbered_from(len(t.calls), turns)
             t.calls += work.calls[:-1]
             prefix = THOUGHTS['right' if verdict else 'wrong']
             if verdict: break
@@ -335,6 +335,13 @@ async def reflect(
 def _splice(t, words):
     "Note that the next message begins with words that neither agent said."
     if words: t.spliced.append([len(t.messages), 0, len(words)])
+
+def _numbered_from(first, turns):
+    "The verifier's messages with the numbers that their calls get in the stitched trajectory."
+    def moved(m):
+        if m['role'] == 'tool': return {**m, 'tool_call_id': str(first + int(m['tool_call_id']))}
+        return {**m, 'tool_calls': [{**c, 'id': str(first + int(c['id']))} for c in m['tool_calls']]} if m.get('tool_calls') else m
+    return [moved(m) for m in turns]
 
 async def _verdict(q, tools, verifier, t, answer, right, retries, rec):
     "Sample the verifier until its verdict is valid; it must have used a tool."

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADVANTAGES', 'KL_TERMS', 'AGGREGATIONS', 'MICRO', 'advantages', 'clipped', 'low_variance_kl', 'kl_term', 'aggregate',
-           'token_logprobs', 'group_advantages', 'whiten', 'reinforce_pp', 'policy_loss', 'score_rollout',
-           'stage_budget', 'micro_batches', 'update', 'gather', 'summary', 'warnings', 'train', 'train_stages']
+           'token_logprobs', 'group_advantages', 'whiten', 'reinforce_pp', 'policy_loss', 'response_tokens',
+           'score_rollout', 'stage_budget', 'micro_batches', 'update', 'gather', 'summary', 'warnings', 'train',
+           'train_stages']
 
 # %% ../nbs/10_rl.ipynb #156d4548
 import torch
@@ -157,6 +158,13 @@ def policy_loss(
     return aggregate(-clipped(ratio, adv_BT.expand_as(ratio), low, high, dual), mask_BT, how)
 
 # %% ../nbs/10_rl.ipynb #5ae41b3d
+def response_tokens(
+    t,  # Traj with ids and mask
+):      # number of tokens, sampled and observed, from the first sampled one on
+    "The length of a rollout without its prompt."
+    return len(t.ids) - t.mask.index(1) if 1 in t.mask else 0
+
+# %% ../nbs/10_rl.ipynb #877db1a4
 def score_rollout(
     t,        # Traj, changed in place
     profile,  # run profile
@@ -166,7 +174,7 @@ def score_rollout(
     name = 'single' if stage == 'single' else profile.reward
     cfg = dict(alpha=profile.decay, score=profile.reward_score, l_expect=.75 * profile.max_tokens, l_max=profile.max_tokens)
     if name == 'released': cfg['golds'] = t.golds                                   # its tool scores with the first gold alone (chapter 5)
-    t.reward, t.parts = reward(name, t.submissions, len(t.ids), cfg)
+    t.reward, t.parts = reward(name, t.submissions, response_tokens(t), cfg)
     return t
 
 def stage_budget(
@@ -250,7 +258,7 @@ def summary(
                 best_acc=sum(any(s['em'] == 1 for s in t.submissions) for t in ts) / n, calls=sum(len(t.calls) for t in ts) / n,
                 submissions=sum(len(t.submissions) for t in ts) / n, live=float(live.float().mean()),
                 malformed=sum(t.calls.count('malformed') for t in ts) / max(1, sum(len(t.calls) for t in ts)),
-                length=sum(len(t.ids) for t in ts) / n, truncated=sum(t.stop in ('max_calls', 'max_turns', 'max_tokens') for t in ts) / n,
+                length=sum(map(response_tokens, ts)) / n, truncated=sum(t.stop in ('max_calls', 'max_turns', 'max_tokens') for t in ts) / n,
                 n_search=count('search'), n_query=count('query_on_page'), n_check=count('check'))
 
 # %% ../nbs/10_rl.ipynb #76da1e2f
