@@ -126,3 +126,60 @@ def test_run_and_synth(tmp_path):
     assert len(load_sft(tmp_path/"data"/"sft.parquet")) == 4
     qs.write_text('{"question": "a", "golden_answers": ["b"]}\n{"question": "c"}\n')
     refused(webseer("run", qs, tmp_path/"other", "--base-url", "http://127.0.0.1:9"), "line 2")
+
+
+def failing_server(after, seen):
+    "Says which keys it is sent; answers so many times, then refuses for good."
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+    async def models(request): return JSONResponse({"data": [{"id": "tiny", "max_model_len": 8192}]})
+    async def chat(request):
+        seen.append(request.headers.get("authorization"))
+        if len(seen) > after: return JSONResponse({"error": {"message": "CUDA error: no luck"}}, 400)
+        call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": '{"query": "director"}'}}
+        return JSONResponse({"choices": [{"index": 0, "message": {"role": "assistant", "content": "", "tool_calls": [call]}, "finish_reason": "stop"}]})
+    return Starlette(routes=[Route("/v1/models", models), Route("/v1/chat/completions", chat, methods=["POST"])])
+
+
+def test_ask_keeps_what_was_done(tmp_path):
+    from webseer.remote import running_app
+    with running_app(failing_server(1, [])) as url:
+        refused(webseer("ask", "Who?", "--profile", "smoke", "--base-url", url, "--save", tmp_path/"run.jsonl"), "CUDA error: no luck")
+    kept = json.loads((tmp_path/"run.jsonl").read_text())
+    assert kept["calls"] == ["search"] and kept["messages"][-1]["role"] == "tool"
+
+
+def test_synth_over_the_mini_web_and_without_luck(tmp_path):
+    from webseer.remote import running_app
+    with running_app(chat_server()) as url:
+        r = webseer("synth", "miniweb", tmp_path/"mini", "--profile", "smoke", "--base-url", url, "-n", "2", "--rounds", "1", "--retries", "1")
+        assert r.returncode == 0 and "| attempts | 2 |" in r.stdout, r
+    with running_app(failing_server(0, [])) as url:
+        r = webseer("synth", "miniweb", tmp_path/"none", "--profile", "smoke", "--base-url", url, "-n", "2")
+        assert r.returncode == 2 and "all 2 attempts failed" in r.stderr and "CUDA error: no luck" in r.stderr, r
+
+
+def test_the_verifiers_server_is_not_sent_the_reasoners_key(tmp_path, monkeypatch):
+    from webseer.remote import running_app
+    monkeypatch.setenv("OPENAI_API_KEY", "of-the-reasoner")
+    monkeypatch.setenv("OTHER", "of-the-verifier")
+    (tmp_path/"q.jsonl").write_text(json.dumps(dict(question="Who?", golden_answers=["right"])) + "\n")
+    for more, key in (((), None), (("--verifier-key-env", "OTHER"), "Bearer of-the-verifier")):
+        seen = []
+        with running_app(chat_server()) as url, running_app(failing_server(0, seen)) as other:
+            webseer("synth", tmp_path/"q.jsonl", tmp_path/f"data{len(more)}", "--profile", "smoke", "--base-url", url, "--verifier-url", other, *more)
+        assert seen and set(seen) == {key}
+
+
+def test_a_folder_of_one_checkpoint_is_not_resumed_with_another(tmp_path, monkeypatch):
+    from webseer.core import load_profile
+    from webseer.model import Codec, ModelConfig, Qwen2, init_weights, save_checkpoint
+    p, codec = load_profile("smoke"), Codec()
+    monkeypatch.setenv("WEBSEER_OUTPUTS", str(tmp_path/"outputs"))
+    for seed in (0, 1):
+        model = init_weights(Qwen2(ModelConfig.of(p, codec.n)), seed)
+        save_checkpoint(tmp_path/"outputs"/"smoke"/"seed0"/"srrl"/"checkpoint", model, codec, dict(stage="srrl", seed=seed))
+        r = webseer("run", "miniweb", tmp_path/"run", "--profile", "smoke", "-n", "2")
+        if seed == 0: assert r.returncode == 0, r
+        else: refused(r, "weights")

@@ -55,18 +55,12 @@ def test_chapters_import_only_lower_numbers():
 
 @pytest.mark.parametrize("module", ["webseer", "webseer.core", "webseer.cli", "webseer.repro"])
 def test_light_import(module):
-    heavy = "('torch', 'matplotlib', 'pandas', 'bm25s', 'transformers', 'papermill', 'scipy')"
+    heavy = "('torch', 'matplotlib', 'pandas', 'bm25s', 'transformers', 'papermill', 'scipy', 'numpy', 'datasets', 'pyarrow', 'verl', 'vllm', 'ray')"
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
-
-
-def test_import_takes_less_than_300_ms():
-    code = "import time; t = time.perf_counter(); import webseer, webseer.core; print(time.perf_counter() - t)"
-    best = min(float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout) for _ in range(3))
-    assert best < 0.3, best
 
 
 def test_readme_is_the_index_notebook():
     cells = json.loads((ROOT/"nbs"/"index.ipynb").read_text(encoding="utf-8"))["cells"]
     assert all(c["cell_type"] == "markdown" for c in cells), "the index is text only"
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == "\n\n".join("".join(c["source"]).strip() for c in cells) + "\n", "README.md is made from nbs/index.ipynb"
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == "\n\n".join("".join(c["source"]).strip() for c in cells).replace("](../", "](") + "\n", "README.md is made from nbs/index.ipynb"

@@ -181,7 +181,7 @@ def test_a_wrong_row_names_file_place_and_field(name, field, tmp_path):
     ("x.jsonl", b'\xff\xfe\x00', "not UTF-8"), ("x.jsonl", b"", "holds no rows"), ("x.json", b"[]", "holds no rows"),
     ("x.csv", b'question,answer\n"a,b\n', "line 2: not CSV"), ("x.csv", b"question,answer\na,b,c,d\n", "line 2: 2 more columns"), ("x.csv", b"question,answer\n", "holds no rows"),
     ("x.tsv", b"question\tanswer\nonly\n", "line 2: the field answer"), ("x.parquet", b"PAR1 no", "not readable as parquet"), ("x.jsonl.gz", b"no gzip", "cannot be read"),
-    ("x.jsonl.gz", gzip.compress(b'{"question": "a"}', mtime=0)[:-9], "cannot be read"), ("x.pdf", b"%PDF", "the ending .pdf is not known"),
+    ("x.jsonl.gz", gzip.compress(b'{"question": "a"}', mtime=0)[:-9], "cannot be read"), ("x.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 9, "cannot be read"), ("x.pdf", b"%PDF", "the ending .pdf is not known"),
     ("x.json", b'[' + b'[' * 100_000, "nested too deeply"), ("x.jsonl", b'{"question": "a", "answer": ["", " "]}\n', "line 1: the field answer holds no answer")])
 def test_wrong_files(file, data, said, tmp_path):
     (tmp_path/file).write_bytes(data)
@@ -227,7 +227,10 @@ def test_names_and_files(tmp_path):
     assert not (tmp_path/"o").exists()
     m = prepare("nq", tmp_path/"o", {"nq:train": tmp_path/"questions.jsonl"})
     assert list(m["sets"]["nq"]) == ["train"] and not (tmp_path/"o/test.parquet").exists()
-    assert "prepare_sft" in told(prepare, "webseer-sft", tmp_path/"o") and "alf" not in told(prepare, "nq", tmp_path/"o", near=2)
+    prepare("nq", tmp_path/"o", {"nq:test": tmp_path/"questions.jsonl"}, splits=["test"])          # another preparation in the same folder
+    assert (tmp_path/"o/test.parquet").exists() and not (tmp_path/"o/train.parquet").exists()
+    assert "holds questions, not conversations: webseer data prepare nq" in told(prepare_sft, "nq", tmp_path/"s")
+    assert "webseer data sft webseer-sft" in told(prepare, "webseer-sft", tmp_path/"o") and "alf" not in told(prepare, "nq", tmp_path/"o", near=2)
 
 # copies
 
@@ -466,16 +469,19 @@ def hub_app(repos):
         return JSONResponse({}, 404, {"X-Error-Code": "RepoNotFound"})
     return Starlette(routes=[Route("/{rest:path}", answer, methods=["GET", "HEAD", "POST"])])
 
+SFT_ROW = dict(messages=json.dumps([dict(role="system", content="Reason."), dict(role="user", content="Question: Who owns Blue Hall?"), dict(
+    role="assistant", content="Ada Vel.", tool_calls=[dict(id="1", type="function", function=dict(name="submit_answer", arguments=dict(answer="Ada Vel")))])]), tools="[]")
 CHILD = """
 import json, sys
 from webseer.core import WebseerError
-from webseer.questions import load_set
+from webseer.questions import load_set, sft_rows
 for _ in range(2):
     for name, split in (("hotpotqa", "train"), ("fanoutqa", "test"), ("musique", "train")):
         try:
             qs, facts = load_set(name, split)
             print(json.dumps([[(q.qid, q.golds, q.hops, q.difficulty) for q in qs], facts]), flush=True)
         except WebseerError as e: print(json.dumps(str(e)), flush=True)
+    print(json.dumps(sft_rows("webseer-sft")), flush=True)
     print("---", flush=True)
     sys.stdin.readline()
 """
@@ -483,6 +489,7 @@ for _ in range(2):
 def test_the_hub_its_cache_and_no_hub(tmp_path):
     card = b"---\nconfigs:\n- config_name: distractor\n  data_files:\n  - split: train\n    path: distractor/train-*\n---\n"
     repos = {"hotpotqa/hotpot_qa": {"README.md": card, "distractor/train-00000-of-00001.parquet": parquet([dict(HUB_HOTPOT, id=str(i)) for i in range(3)])},
+             "99hgz/WebSeer-sft-dataset": {"README.md": b"", "data/train-00000-of-00001.parquet": parquet([SFT_ROW])},
              "zhuexe/fanoutqa": {"README.md": b"", "fanout-final-dev.json": listed([DEV, dict(DEV, id="cd34", answer=["a", 1])])}}
     def block(): return list(iter(lambda: child.stdout.readline().strip(), "---"))
     with running_app(hub_app(repos)) as url:
@@ -497,6 +504,7 @@ def test_the_hub_its_cache_and_no_hub(tmp_path):
     assert [x[0] for x in first[1][0]] == ["ab12", "cd34"] and first[1][0][1][1] == ["a, 1"]
     assert "the hub has no dgslibisey/MuSiQue" in first[2] and "--file musique:train=PATH" in first[2]
     assert second[0][0] == first[0][0] and second[1] == first[1]                # out of the cache
+    assert [m["role"] for m in first[3][0]["messages"]] == ["system", "user", "assistant"] and second[3] == first[3]
     assert "musique: the hub cannot be reached" in second[2] and "github.com/StonyBrookNLP/musique" in second[2] and "--file musique:train=PATH and musique:test=PATH" in second[2]
 
 # verl itself, where it is installed

@@ -68,7 +68,7 @@ def analyze(
 _Url = Annotated[Optional[str], typer.Option("--base-url", help="An OpenAI-compatible server, such as http://127.0.0.1:8000/v1.", show_default=False)]
 _Model = Annotated[Optional[str], typer.Option("--model", "-m", help="The model's name at that server. Default: the only one it has.", show_default=False)]
 _Key = Annotated[str, typer.Option("--key-env", help="The environment variable that holds the server's key.")]
-_Temperature = Annotated[float, typer.Option("--temperature", "-t", help="Of a model behind an address.")]
+_Temperature = Annotated[float, typer.Option("--temperature", "-t", help="How freely the model samples; 0: its likeliest words.")]
 _Backend = Annotated[Optional[str], typer.Option("--backend", "-b", help="What to search, as for serve. Default: the mini-web's test world.", show_default=False)]
 _Python = Annotated[bool, typer.Option("--python/--no-python", help="Also offer sandboxed Python.")]
 _Context = Annotated[Optional[int], typer.Option("--context", help="Tokens of a conversation; near the end the model is told to submit. "
@@ -92,21 +92,28 @@ def _endpoint(base_url, model, key_env, temperature, context=None, **more):
 
 def _tools(profile, backend, python, world):
     "Tools over a backend, or over a test world of the mini-web, and the sandbox if Python is wanted."
-    from webseer.evaluate import test_world
-    from webseer.tools import web_tools
     sandbox = None
     if python:
         from webseer.sandbox import open_sandbox
         sandbox = open_sandbox()
     if backend in (None, "miniweb"):
+        from webseer.evaluate import test_world
         tools = test_world(profile, world)[1]
         tools.python = sandbox
         return tools
     from dataclasses import replace
+    from webseer.tools import web_tools
     return web_tools(replace(profile, backend=backend), python=sandbox)
+
+def _only_with_url(base_url, **options):
+    "Refuse options that are about a server where none is named: the answers would be another model's."
+    if base_url: return
+    if given := [k for k, v in options.items() if v]:
+        raise WebseerError(f"--{given[0].replace('_', '-')} is about the model of a server: say which with --base-url")
 
 def _budget(profile, context, seconds):
     from webseer.agent import Budget
+    if context is None: return Budget(max_calls=profile.max_calls, max_tokens=profile.max_tokens, seconds=seconds)   # the embedded model
     return Budget(max_calls=profile.max_calls, max_tokens=context, reserve=min(2048, context // 4), seconds=seconds)
 
 # %% ../nbs/15_cli.ipynb #b674c900
@@ -123,31 +130,37 @@ def ask(
     base_url: _Url = None,
     model: _Model = None,
     key_env: _Key = "OPENAI_API_KEY",
-    temperature: _Temperature = 0.7,
+    temperature: Annotated[Optional[float], typer.Option("--temperature", "-t", help="How freely the model samples. Default: 0.7 at a server, "
+        "0 (the likeliest words) for a checkpoint.", show_default=False)] = None,
     backend: _Backend = None,
     python: _Python = False,
     context: _Context = None,
     seconds: _Seconds = None,
-    lines: Annotated[int, typer.Option("--lines", help="Lines of a result on the screen; 0: all.")] = 12,
+    lines: Annotated[int, typer.Option("--lines", min=0, help="Lines of a result on the screen; 0: all.")] = 12,
     save: Annotated[Optional[Path], typer.Option("--save", help="A file to which the trajectory is appended, for webseer view.", show_default=False)] = None,
 ):
     "Ask a trained checkpoint, or any model behind an address, and watch it search."
     if stage is not None and stage not in STAGES: raise WebseerError(f"unknown stage {stage!r}: {nearest(stage, STAGES)}")
-    if model and not base_url: raise WebseerError("--model names a model of a server: say which with --base-url")
+    if question is not None and not question.strip(): raise WebseerError("the question is empty: ask one, or leave it out for an example")
+    _only_with_url(base_url, model=model, context=context)
     p = load_profile(profile)
     from webseer.core import append_jsonl
     from webseer.evaluate import ask as run, checkpoint_of
     from webseer.trace import Trace
-    trace = Trace(lines=lines)
+    trace, last, room = Trace(lines=lines), [], None
+    def watch(t): last[:] = [t]; trace(t)
     if base_url:
-        policy, room = _endpoint(base_url, model, key_env, temperature, context, stream=trace.console.is_terminal, on_text=trace.on_text)
-        budget = _budget(p, room, seconds)
+        heat = 0.7 if temperature is None else temperature
+        policy, room = _endpoint(base_url, model, key_env, heat, context, stream=trace.console.is_terminal, on_text=trace.on_text)
         trace.console.print(f"# {policy.model} at {policy.base_url}", style="dim", markup=False)
     else:
-        policy = budget = None
-        trace.console.print(f"# checkpoint {checkpoint_of(p, seed, stage)}", style="dim", markup=False)
-    t = run(p, seed, stage, question, world, policy, _tools(p, backend, python, world), budget, trace)
-    if save: append_jsonl(save, [t.to_dict()])
+        from webseer.model import ModelPolicy, load_checkpoint
+        policy = ModelPolicy(*load_checkpoint(at := checkpoint_of(p, seed, stage))[:2], temperature or 0.)
+        trace.console.print(f"# checkpoint {at}", style="dim", markup=False)
+    try: t = run(p, seed, stage, question, world, policy, _tools(p, backend, python, world), _budget(p, room, seconds), watch)
+    finally:                                                                     # also what was done before a failure or Ctrl-C
+        if save and last: append_jsonl(save, [last[0].to_dict()])
+    if t.stop == "error": raise WebseerError(t.meta["error"])
 
 # %% ../nbs/15_cli.ipynb #02f40244
 @app.command("serve-model")
@@ -161,9 +174,12 @@ def serve_model(
 ):
     "Serve a model with vLLM: Hermes tool calls, a longer context, several GPUs, as the profile says."
     p = load_profile(profile)
-    from webseer.evaluate import checkpoint_of
     from webseer.serving import serve_model as run
-    run(p, model or p.serve_model or checkpoint_of(p), host, port, dry_run, log, tell=lambda line: typer.echo(line))
+    model = model or p.serve_model
+    if not model:
+        from webseer.evaluate import checkpoint_of
+        model = checkpoint_of(p)
+    run(p, model, host, port, dry_run, log, tell=lambda line: typer.echo(line))
 
 # %% ../nbs/15_cli.ipynb #a60d9012
 @app.command()
@@ -174,6 +190,7 @@ def view(
 ):
     "Write one HTML page to browse the trajectories of one or several runs."
     from webseer.viewer import view as run
+    if folders := [r for r in runs if r.is_dir()]: raise WebseerError(f"{folders[0]} is a folder: name the run files in it")
     typer.echo(run(runs, out or runs[0].with_suffix(".html"), tokenizer=tokenizer))
 
 # %% ../nbs/15_cli.ipynb #b5c69eb5
@@ -183,6 +200,12 @@ _Folder = Annotated[Path, typer.Argument(help="Where everything goes; an earlier
 _Concurrency = Annotated[int, typer.Option("--concurrency", "-c", help="Questions under way at a time.")]
 _Limit = Annotated[Optional[int], typer.Option("--limit", "-n", help="Take the first so many questions.", show_default=False)]
 
+class _OwnWorld:
+    "To each question of the mini-web the tools of its test world."
+    def __init__(self, worlds): self._of = {q.qid: tools for _, tools, qs in worlds for q in qs}
+    def __call__(self, q): return self._of[q.qid]
+    def describe(self): return dict(next(iter(self._of.values())).describe(), worlds=len({id(t) for t in self._of.values()}))
+
 def _questions(source, profile, limit):
     "Questions, and the tools of each where they are about the mini-web."
     if source != "miniweb":
@@ -190,8 +213,7 @@ def _questions(source, profile, limit):
         return read_questions(source)[:limit], None
     from webseer.evaluate import test_world
     worlds = [test_world(profile, i) for i in range(profile.test_worlds)]
-    of = {q.qid: tools for _, tools, qs in worlds for q in qs}
-    return [q for _, _, qs in worlds for q in qs][:limit], lambda q: of[q.qid]
+    return [q for _, _, qs in worlds for q in qs][:limit], _OwnWorld(worlds)
 
 @app.command()
 def run(
@@ -214,19 +236,20 @@ def run(
     token_ids: Annotated[bool, typer.Option("--token-ids/--no-token-ids", help="Keep token ids and log-probabilities (vLLM).")] = False,
 ):
     "Let a model answer a set of questions; write the trajectories and a summary."
+    _only_with_url(base_url, model=model, context=context, price=price, token_ids=token_ids)
     p = load_profile(profile)
-    from webseer.agent import Budget, run_sync
+    from webseer.agent import run_sync
     from webseer.batch import run_questions, summary_table
     qs, tools = _questions(questions, p, limit)
-    if base_url:
-        policy, room = _endpoint(base_url, model, key_env, temperature, context, price=_price(price), token_ids=token_ids, seed=seed, concurrency=concurrency)
-        budget = _budget(p, room, seconds)
+    room, ends = None, dict(price=_price(price), token_ids=token_ids, seed=seed, concurrency=concurrency)
+    if base_url: policy, room = _endpoint(base_url, model, key_env, temperature, context, **ends)
     else:
         from webseer.evaluate import checkpoint_of
         from webseer.model import ModelPolicy, load_checkpoint
-        policy = ModelPolicy(*load_checkpoint(checkpoint_of(p))[:2])
-        budget = Budget(max_calls=p.max_calls, max_tokens=p.max_tokens)
-    typer.echo(summary_table(run_sync(run_questions(policy, tools if tools and not (backend or python) else _tools(p, backend, python, 0), qs, folder, budget, concurrency, seed, samples))))
+        policy = ModelPolicy(*load_checkpoint(checkpoint_of(p))[:2], temperature, seed)
+    if not tools or backend or python: tools = _tools(p, backend, python, 0)
+    made = run_sync(run_questions(policy, tools, qs, folder, _budget(p, room, seconds), concurrency, seed, samples))
+    typer.echo(summary_table(made))
     typer.echo(f"trajectories in {folder/'run.jsonl'}; webseer view {folder/'run.jsonl'} shows them")
 
 def _price(text):
@@ -244,6 +267,11 @@ def synth(
     model: _Model = None,
     verifier_url: Annotated[Optional[str], typer.Option("--verifier-url", help="The verifier's server. Default: the reasoner's.", show_default=False)] = None,
     verifier_model: Annotated[Optional[str], typer.Option("--verifier-model", help="Default: the reasoner's model.", show_default=False)] = None,
+    verifier_key_env: Annotated[Optional[str], typer.Option("--verifier-key-env", help="Holds the key of the verifier's server. "
+        "Default: as the reasoner's at the same server; none is sent to another.", show_default=False)] = None,
+    verifier_price: Annotated[Optional[str], typer.Option("--verifier-price", help="Default: as the reasoner's at the same server, else unknown.",
+                                                          show_default=False)] = None,
+    verifier_temperature: Annotated[Optional[float], typer.Option("--verifier-temperature", help="Default: the reasoner's.", show_default=False)] = None,
     profile: _Profile = "laptop",
     key_env: _Key = "OPENAI_API_KEY",
     temperature: _Temperature = 0.7,
@@ -265,11 +293,17 @@ def synth(
     from webseer.synth import SynthConfig, report_text, synthesise
     config = SynthConfig(rule=rule, retries=retries, max_rounds=rounds, closed_book=closed_book, mix=mix, seed=seed)
     qs, tools = _questions(questions, p, limit)
-    ends = dict(price=_price(price), seed=seed, concurrency=concurrency)
-    reasoner, _ = _endpoint(base_url, model, key_env, temperature, **ends)
-    verifier, _ = _endpoint(verifier_url or base_url, verifier_model or (None if verifier_url else reasoner.model), key_env, temperature, **ends)
-    tools = tools if tools and not (backend or python) else _tools(p, backend, python, 0)
-    typer.echo(report_text(run_sync(synthesise(qs, reasoner, verifier, tools, folder, config, concurrency))))
+    ends = dict(seed=seed, concurrency=concurrency)
+    reasoner, _ = _endpoint(base_url, model, key_env, temperature, price=_price(price), **ends)
+    if verifier_url in (None, base_url):                                         # one server: one key, one price
+        verifier_key_env, verifier_price = verifier_key_env or key_env, verifier_price or price
+        verifier_model = verifier_model or reasoner.model
+    verifier, _ = _endpoint(verifier_url or base_url, verifier_model, verifier_key_env, temperature if verifier_temperature is None else verifier_temperature,
+                            price=_price(verifier_price), **ends)
+    if not tools or backend or python: tools = _tools(p, backend, python, 0)
+    rep = run_sync(synthesise(qs, reasoner, verifier, tools, folder, config, concurrency))
+    typer.echo(report_text(rep))
+    if rep["failed"] and not rep["attempts"]: raise WebseerError(f"all {rep['failed']} attempts failed: {next(iter(rep['failures']))}")
     typer.echo(f"data in {folder/'sft.parquet'}")
 
 # %% ../nbs/15_cli.ipynb #5f623382

@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'SETS', 'FORMAT', 'RECIPES', 'ROLES', 'SetQuestion', 'read_
            'manifest_table', 'prepare', 'Recipe', 'released_rows', 'sft_trajs', 'sft_rows', 'prepare_sft']
 
 # %% ../nbs/11a_questions.ipynb #a0923684
-import ast, contextlib, csv, fnmatch, gzip, hashlib, json, re
+import ast, contextlib, csv, fnmatch, gzip, hashlib, json, re, zlib
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -159,7 +159,7 @@ def read_rows(
         else: raise WebseerError(f'{path}: the ending {path.suffix or "(none)"} is not known; '
                                  '.jsonl, .json, .csv, .tsv (also with .gz) and .parquet are read')
     except UnicodeDecodeError: raise WebseerError(f'{path}: not UTF-8 text; save it as UTF-8') from None
-    except (gzip.BadGzipFile, EOFError, OSError) as e: raise WebseerError(f'{path} cannot be read: {_brief(e, 300)}') from None
+    except (zlib.error, EOFError, OSError) as e: raise WebseerError(f'{path} cannot be read: {_brief(e, 300)}') from None
 
 # %% ../nbs/11a_questions.ipynb #de4961d7
 def _need(row, name, where):
@@ -458,8 +458,9 @@ def hub_reachable(
 
 def _no_hub(spec, why):
     files = ' and '.join(f'{spec.name}:{s}=PATH' for s in spec.splits) if len(spec.splits) > 1 else f'{spec.name}=PATH'
+    give = f'--file {files}' if spec.read else 'webseer data sft PATH'
     return WebseerError(f'{spec.name}: the hub cannot be reached ({why}) and the set {spec.hub} is not in the cache; '
-                        f'fetch it where there is a way ({spec.home or _HUB + spec.hub}) and give the files: --file {files}')
+                        f'fetch it where there is a way ({spec.home or _HUB + spec.hub}) and give the files: {give}')
 
 def _commit(ds):
     "Commit of the hub's repository, which the names of the cached files hold."
@@ -809,7 +810,9 @@ def _write_sets(folder, read, settings, limit, near, shared, shuffle, retrieval,
                      hops=_counted(lambda q: q.hops, drawn), fingerprint=fingerprint([[q.qid, q.text, list(q.golds)] for q in drawn]))
         made['files'] = _write_part(folder/name/split, drawn, split, _retrieval_of(retrieval, name))
     for split in SPLITS:
-        if not mixed[split]: continue
+        if not mixed[split]:
+            (folder/f'{split}.parquet').unlink(missing_ok=True)                     # of an earlier preparation, which this manifest does not know
+            continue
         items = _order(mixed[split], seed, 'mixed', split) if shuffle else mixed[split]
         manifest['files'][f'{split}.parquet'] = _write_mixed(folder/f'{split}.parquet', items, split, retrieval)
     for name, of in manifest['sets'].items():
@@ -831,7 +834,7 @@ def _named(names):
     specs = {(s.name if (s := find_set(n)) else 'miniweb'): s for n in names}
     if not specs: raise WebseerError(f'no question set is named: {", ".join(["miniweb", *SETS])}')
     if wrong := [n for n, s in specs.items() if s and s.read is None]:
-        raise WebseerError(f'{wrong[0]} holds conversations for supervised training: use prepare_sft')
+        raise WebseerError(f'{wrong[0]} holds conversations for supervised training: webseer data sft {wrong[0]}')
     return specs
 
 def _read_sets(specs, files, s, profile):
@@ -1038,19 +1041,25 @@ def _conversation_files(path):
     return files
 
 def sft_trajs(
-    source,        # parquet of `webseer.synth`, of verl or of WebSeer; JSONL of trajectories; a folder of these; or a list of Traj or dicts
+    source,        # parquet (`webseer.synth`, verl, WebSeer), JSONL of trajectories, a folder of these, a list of Traj or dicts; or webseer-sft
     schemas=None,  # tools to offer; None: those that each row names
 ):                 # list of dicts that `webseer.synth.text_row` takes
     "Conversations for supervised training. Raises WebseerError with file, row and field."
     if not isinstance(source, (str, Path)):
         return [_sft_traj(t.to_dict() if hasattr(t, 'to_dict') else t, f'conversation {i}', schemas) for i, t in enumerate(source, 1)]
-    path = Path(source).expanduser()
+    path, spec = Path(source).expanduser(), SETS.get(str(source).lower())
+    if spec and not path.exists(): return _hub_conversations(spec, schemas)
     out = []
     for f in _conversation_files(path):
         if f.suffix == '.jsonl': out += [_sft_traj(t.to_dict(), f'{f}, line {i}', schemas) for i, t in enumerate(load_trajs(f), 1)]
         else: out += [_sft_traj(r, where, schemas) for where, r in read_rows(f)]
     if not out: raise WebseerError(f'{path} holds no conversations')
     return out
+
+def _hub_conversations(spec, schemas):
+    "The training part of a published set of conversations."
+    if spec.read: raise WebseerError(f'{spec.name} holds questions, not conversations: webseer data prepare {spec.name}')
+    return [_sft_traj(r, where, schemas) for where, r in hub_rows(spec, 'train')[0]]
 
 def sft_rows(
     source,        # see `sft_trajs`
