@@ -78,6 +78,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'webseer.analysis.missing': ('analysis.html#missing', 'webseer/analysis.py'),
                                   'webseer.analysis.pair_up': ('analysis.html#pair_up', 'webseer/analysis.py'),
                                   'webseer.analysis.paired_difference': ('analysis.html#paired_difference', 'webseer/analysis.py'),
+                                  'webseer.analysis.part_table': ('analysis.html#part_table', 'webseer/analysis.py'),
                                   'webseer.analysis.percent_axis': ('analysis.html#percent_axis', 'webseer/analysis.py'),
                                   'webseer.analysis.points': ('analysis.html#points', 'webseer/analysis.py'),
                                   'webseer.analysis.read_checked': ('analysis.html#read_checked', 'webseer/analysis.py'),

@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'MODES', 'LADDER', 'LABELS', 'SHORT', 'ROW_KEYS', 'SAME_ROW
            'finish', 'save_figure', 'draw_points', 'percent_axis', 'smooth', 'fig_learning', 'depth_bin', 'depth_table',
            'fig_depth', 'fig_accuracy', 'fig_budget', 'submission_rows', 'fig_submissions', 'fig_evidence', 'bucket',
            'bucket_tables', 'fig_buckets', 'fig_switches', 'results_table', 'difference_table', 'markdown', 'spread',
-           'results_markdown', 'make_figures']
+           'results_markdown', 'part_table', 'make_figures']
 
 # %% ../nbs/12_analysis.ipynb #052f8dea
 import textwrap
@@ -826,6 +826,18 @@ def results_markdown(
     if captions: parts += ['## Figures\n', '\n'.join(f'- `{k}.png`: {v}' for k, v in captions.items()) + '\n']
     if absent: parts += ['## Not drawn\n', '\n'.join(f'- `{k}`: {v}' for k, v in absent.items()) + '\n']
     return '\n'.join(parts)
+
+# %% ../nbs/12_analysis.ipynb #3194f75b
+def part_table(
+    rows,                               # evaluation rows, of several profiles perhaps
+    by:list,                            # columns that make the parts, such as seed or kind
+    modes:tuple=('greedy', 'sampled'),  # ways of asking
+)->str:                                 # a markdown table
+    "Per cent right, and yes/no checks per question in brackets, of each part."
+    of = rows[rows['mode'].isin(modes)].groupby([*by, 'mode', 'stage'], sort=False)[['correct', 'n_check']].mean()
+    cells = of.apply(lambda r: f'{r.correct*100:.1f} ({r.n_check:.2f})', axis=1).unstack(['mode', 'stage']).fillna('–')
+    head = [*by, *(f'{SHORT.get(stage, stage)}, {mode}' for mode, stage in cells.columns)]
+    return markdown(head, [[*map(str, key if isinstance(key, tuple) else (key,)), *row] for key, row in zip(cells.index, cells.to_numpy())])
 
 # %% ../nbs/12_analysis.ipynb #350d472a
 FIGURES = {'learning_curves': ('no training metrics', lambda d: fig_learning(d['metrics'])),
