@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from webseer import batch
 from webseer.agent import Budget, ScriptedPolicy, call_text, run_sync
 from webseer.batch import FIELDS, Ledger, question_key, read_questions, results, run_questions, run_queue, summary_table, write_results
-from webseer.core import WebseerError, keyed_rng
+from webseer.core import WebseerError, keyed_rng, to_json
 from webseer.retrieval import MiniWeb, ask_fair
 from webseer.tools import Tools
 from webseer.traj import Traj, load_trajs
@@ -59,6 +59,15 @@ def test_parquet(tmp_path):
     ('{"question": "Who?", "answer": "A"}\n{"question": "W', "line 2: not JSON"), ('[{"question": 3, "answer": "A"}]', "entry 1: the field question is no text: '3'"),
     ('[1]', "entry 1: a int, not an object"), ('[', "not JSON"), ('', "holds no questions"), ('[' * 100_000, "nested too deeply"),
     ('{"id": [], "question": "Who?", "answer": "A"}', "the field id is neither"), ('{"hops": -1, "question": "Who?", "answer": "A"}', "the field hops is no count"),
+    ('{"id": 1, "golden_answers": ["a"]}', r"entry 1: no question \(it has id, golden_answers\)"), ('{"id": 1, "tags": ["a"]}', r"entry 1: no question \(it has id, tags\)"),
+    ('{"id": 1, "answer": "a", "paragraphs": [{"text": "A page."}]}', r"entry 1: no question \(it has id, answer, paragraphs\)"),
+    ('{"question": "Who?", "answer": "a", "hops": 1e999}', "entry 1: the field hops is no count: 'inf'"),
+    ('{"question": "Who?", "answer": 1e999}', "entry 1: the field answer holds no answer: 'inf'"),
+    ('{"question": "Who?", "answer": "%s"}' % ("[" * 60_000), "entry 1: the field answer is nested too deeply"),
+    ('{"question": "Who?", "answer": "%s1%s"}' % ("[" * 600, "]" * 600), "entry 1: the field answer is nested deeper than 20 levels"),
+    *(('{"question": "Who?", "answer": "a", "%s": %s1%s}' % (n, "[" * 600, "]" * 600), f"entry 1: the field {n} is nested deeper than 20 levels")
+      for n in ("golds", "aliases", "_id", "num_hops", "path", "kind", "world")),
+    ('{"question": "Who?", "answer": "a"}\n{"question": "Who?", "answer": %s}' % ("[" * 9000 + "]" * 9000), "line 2: nested too deeply"),
     ('{"id": 1, "question": "Who?", "answer": "A"}\n{"id": "1", "question": "When?", "answer": "A"}', "line 2: the identifier '1' was used before, at line 1")])
 def test_bad_sets(tmp_path, text, said):
     f = tmp_path/"set.jsonl"; f.write_text(text)
@@ -87,6 +96,34 @@ def test_any_file(tmp_path_factory, data):
         for q in qs:
             assert q.text.strip() and q.golds and all(isinstance(g, str) and g.strip() for g in q.golds) and q.hops >= 0
             json.dumps([q.qid, q.text, q.golds], ensure_ascii=False).encode()
+
+
+def test_a_large_number_is_an_answer(tmp_path):
+    (tmp_path/"x").write_text('{"question": "How many?", "answer": 1%s}' % ("0" * 400))
+    assert read_questions(tmp_path/"x")[0].golds == ("1" + "0" * 400,)
+
+
+hard = st.sampled_from(["1e999", "-1e999", "NaN", "1" + "0" * 400, "1" + "0" * 5000, "1e308", "-0.0", '"\\ud800"', '"["', '"%s"' % ("[" * 9000), "[]", "{}", '""', "null", '"[1e999]"']
+                       + [f % (a * n + b + c * n) for n in (3, 30, 600, 990, 3000) for a, b, c in (("[", "1", "]"), ("[[", "", "]]"))  for f in ("%s", '"%s"')]
+                       + ['{"a":' * n + "1" + "}" * n for n in (30, 600, 990)] + ['{"value":' * n + '"A"' + "}" * n for n in (2, 30, 600)])
+fields = st.sampled_from([n for f in FIELDS.values() for n in f] + ["path", "kind", "world", "data", "\\ud800", "\\n"])
+rows = st.tuples(st.booleans(), st.lists(st.tuples(fields, hard | json_like.map(json.dumps)), max_size=5)).map(
+    lambda x: "{" + ", ".join((['"question": "Who?", "answer": "A"'] if x[0] else []) + [f'"{k}": {v}' for k, v in x[1]]) + "}")
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(rows | hard, min_size=1, max_size=3), st.sampled_from(["%s", "[%s]", '{"data": [%s]}']))
+def test_any_row(tmp_path_factory, made, form):
+    "Whatever JSON a row holds: a question that can be written to a file, or one sentence that names the place."
+    f = tmp_path_factory.getbasetemp()/"rows"; f.write_text(form % ("\n" if form == "%s" else ", ").join(made))
+    try: qs = read_questions(f, "number")
+    except WebseerError as e:
+        assert str(f) in str(e) and "\n" not in str(e) and len(str(e)) < 900
+        str(e).encode()
+    else:
+        for q in qs:
+            assert q.golds and all(g.strip() for g in q.golds) and isinstance(q.hops, int) and q.hops >= 0
+            assert question_key(q) and json.loads(to_json(q))["text"] == q.text
+
 
 
 # the queue
@@ -259,15 +296,29 @@ def test_run_questions(tmp_path):
     assert json.loads((tmp_path/"summary.json").read_text()) == json.loads(json.dumps(s)) and "| em | 0.5 |" in summary_table(s)
 
 
+def test_tools_of_each_question_may_tell_what_they_are(tmp_path):
+    tools, qs = questions(2)
+    script = lambda traj: (x for x in [call_text("submit_answer", answer="x")])
+    def of(q): return tools
+    run = lambda: run_sync(run_questions(ScriptedPolicy(script), of, qs, tmp_path, progress=False))
+    of.describe = lambda: dict(tools.describe(), k=3)
+    run(); run()
+    of.describe = lambda: dict(tools.describe(), k=5)
+    with pytest.raises(WebseerError, match="begun with other settings .tools = .*'k': 3.* there, .*'k': 5.* now"): run()
+
+
 def test_cancelled_rollouts_are_kept_aside(tmp_path):
     tools, qs = questions(3)
     class Hang(ScriptedPolicy):
         async def act(self, traj):
-            if len(traj.messages) > 2: await asyncio.sleep(60)
+            if len(traj.messages) > 2:
+                hanging.append(traj.qid)
+                await asyncio.sleep(600)
             return await super().act(traj)
+    hanging = []
     async def main():
         task = asyncio.create_task(run_questions(Hang(lambda t: (x for x in [call_text("search", query="x")])), tools, qs, tmp_path, progress=False))
-        await asyncio.sleep(.3)
+        while len(hanging) < 3 and not task.done(): await asyncio.sleep(.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError): await task
     run_sync(main())

@@ -104,3 +104,36 @@ def test_prompts_and_observations_carry_no_loss(there):
             replies = [m for m in t["messages"][2:-1] if m["role"] != "assistant"]   # (the last one may come after the last turn)
             assert all(m["content"] in outside for m in replies)               # and so is every answer of a tool
     assert seen
+
+
+def untrained(folder, seed):
+    "A checkpoint of the toy's size."
+    codec = M.Codec()
+    return M.save_checkpoint(folder, M.init_weights(M.Qwen2(M.ModelConfig.of(toy(), codec.n)), seed), codec)
+
+
+def test_results_of_one_checkpoint_are_not_handed_back_for_another(tmp_path):
+    from webseer.agent import Budget, run_sync
+    from webseer.batch import run_questions
+    _, tools, qs = evaluate.test_world(toy(), 0)
+    for seed in (0, 1): untrained(tmp_path / f"ck{seed}", seed)
+    def run(name, change=lambda model: None, **more):
+        model, codec, _ = M.load_checkpoint(tmp_path / name)
+        change(model)
+        return run_sync(run_questions(M.ModelPolicy(model, codec, **more), tools, qs[:2], tmp_path / "run", Budget(max_calls=3, max_tokens=600), progress=False))
+    first, lines = run("ck0"), (tmp_path / "run" / "run.jsonl").read_bytes()
+    assert run("ck0", seed=7)["em"] == first["em"]                             # greedy: the seed decides nothing
+    with torch.no_grad():
+        def nudge(model): model.model.norm.weight[0] += 1e-3
+        for name, change, more in (("ck1", lambda m: None, {}), ("ck0", nudge, {}), ("ck0", lambda m: None, dict(temperature=1.))):
+            with pytest.raises(WebseerError, match="run/queue was begun with other settings .policy = .*'weights'"): run(name, change, **more)
+    assert (tmp_path / "run" / "run.jsonl").read_bytes() == lines
+
+
+def test_a_policy_tells_what_its_turns_depend_on(tmp_path):
+    model, codec, _ = M.load_checkpoint(untrained(tmp_path / "ck", 0))
+    of = lambda *a: json.loads(json.dumps(M.ModelPolicy(model, codec, *a).describe()))
+    assert of(0., 1) == of(0., 2) and "seed" not in of() and of(1., 1) != of(1., 2) != of(.5, 2) and of(0., 0, 24) != of(0., 0, 25)
+    before, policy = of(), M.ModelPolicy(model, codec)
+    with torch.no_grad(): model.model.norm.weight[0] += 1e-3
+    assert policy.describe()["weights"] != before["weights"]                    # training changes weights in place

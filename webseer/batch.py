@@ -27,15 +27,27 @@ def _get(row, field):
     names = {str(k).lower(): k for k in row}
     return next(((names[n], row[names[n]]) for n in FIELDS[field] if n in names and row[names[n]] is not None), (None, None))
 
+class _TooDeep(WebseerError):
+    "A value that no set of questions needs."
+
+def _shallow(x, levels=20):
+    "The same, unless lists and objects are nested in it beyond what recursion could bear."
+    inner = [x]
+    for _ in range(levels):
+        inner = [z for y in inner for z in (y.values() if isinstance(y, dict) else y if isinstance(y, (list, tuple)) else ())]
+        if not inner: return x
+    raise _TooDeep(f'is nested deeper than {levels} levels')
+
 def _golds(x):
     "Answers as texts: a text, a number, a list, JSON text of a list, or an object that holds one of these."
     if isinstance(x, str) and x.lstrip()[:1] == '[':
-        try: x = json.loads(x)
+        try: x = _shallow(json.loads(x))
         except ValueError: pass
+        except RecursionError: raise _TooDeep('is nested too deeply') from None
     if isinstance(x, dict): return [g for k in ('ground_truth', 'target', 'value', 'aliases', 'text') if k in x for g in _golds(x[k])]
     if isinstance(x, (list, tuple)): return [g for y in x for g in _golds(y)]
     if isinstance(x, bool): return ['yes' if x else 'no']
-    if isinstance(x, (int, float)) and math.isfinite(x): return [str(x)]
+    if isinstance(x, int) or isinstance(x, float) and math.isfinite(x): return [str(x)]
     return [whole(x)] if isinstance(x, str) and x.strip() else []
 
 def whole(
@@ -51,39 +63,49 @@ def read_question(
 ):             # Question
     "The question of a row. Raises WebseerError that names the field."
     if not isinstance(row, dict): raise WebseerError(f'{where}: a {type(row).__name__}, not an object; each question needs the fields question and golden_answers')
-    (tname, text), (gname, golds), (_, more), (iname, id_), (hname, hops) = (_get(row, f) for f in FIELDS)
-    has = f'it has {", ".join(" ".join(str(k)[:40].split()) for k in list(row)[:8]) or "no fields"}'
+    (tname, text), (gname, golds), (mname, more), (iname, id_), (hname, hops) = found = [_get(row, f) for f in FIELDS]
+    path, kind, world = (row.get(k) for k in ('path', 'kind', 'world'))
+    for n, x in (*found, ('path', path), ('kind', kind), ('world', world)): _used(where, n, _shallow, x)
+    has = f'it has {whole(", ".join(" ".join(str(k)[:40].split()) for k in list(row)[:8])) or "no fields"}'
     if tname is None: raise WebseerError(f'{where}: no question ({has}); name it question')
     if not isinstance(text, str) or not text.strip(): raise WebseerError(f'{where}: the field {tname} is no text: {str(text)[:40]!r}')
     if gname is None: raise WebseerError(f'{where}: no answer ({has}); name the list of answers golden_answers')
-    out = list(dict.fromkeys(_golds(golds) + _golds(more)))
+    out = list(dict.fromkeys(_used(where, gname, _golds, golds) + _used(where, mname, _golds, more)))
     if not out: raise WebseerError(f'{where}: the field {gname} holds no answer: {str(golds)[:40]!r}')
     if iname is not None and (isinstance(id_, bool) or not isinstance(id_, (str, int))):
         raise WebseerError(f'{where}: the field {iname} is neither text nor whole number: {str(id_)[:40]!r}')
-    if hname is not None and (isinstance(hops, bool) or not isinstance(hops, (int, float)) or hops != hops or hops < 0 or hops != int(hops)):
+    if hname is not None and (isinstance(hops, bool) or not isinstance(hops, (int, float)) or not 0 <= hops < math.inf or hops % 1):
         raise WebseerError(f'{where}: the field {hname} is no count: {str(hops)[:40]!r}')
-    path = row.get('path') if isinstance(row.get('path'), (list, tuple)) else ()
+    path = tuple(tuple(p) for p in path if isinstance(p, (list, tuple))) if isinstance(path, (list, tuple)) else ()
     return Question(whole(str(id_)) if iname is not None and str(id_).strip() else qid, whole(text.strip()), tuple(out), int(hops or 0),
-                    str(row.get('kind') or ''), tuple(tuple(p) for p in path if isinstance(p, (list, tuple))), row.get('world'))
+                    str(kind or ''), path, world)
+
+def _used(where, name, f, x):
+    "f(x); where x is nested too deeply, the field is told."
+    try: return f(x)
+    except _TooDeep as e: raise WebseerError(f'{where}: the field {name} {e}; write it flat') from None
 
 # %% ../nbs/06b_batch.ipynb #5140ea75
 def _json_rows(text, path):
-    "(place, row) of JSON text: a list, an object that holds one list, or one object per line."
+    "(place, row) of JSON text: a list, an object that holds a list of objects, or one object per line."
     head = text.lstrip()[:1]
     try: data = json.loads(text) if head in '[{' and head else None
     except ValueError as e:
         if head == '[': raise WebseerError(f'{path}: not JSON ({e}); write one object per line, or one list') from None
         data = None
-    except RecursionError: raise WebseerError(f'{path}: nested too deeply to be a set of questions') from None
-    if isinstance(data, dict) and _get(data, 'text')[0] is None:
-        data = next((v for v in data.values() if isinstance(v, list) and v), [data])
+    except RecursionError:
+        if head == '[': raise WebseerError(f'{path}: nested too deeply to be a set of questions; write one object per line') from None
+        data = None
+    if isinstance(data, dict) and _get(data, 'text')[0] is None and _get(data, 'golds')[0] is None:     # no question of its own
+        data = next((v for v in data.values() if isinstance(v, list) and any(isinstance(r, dict) for r in v)), [data])
     if isinstance(data, dict): data = [data]
     if data is not None: return [(f'{path}, entry {i}', r) for i, r in enumerate(data, 1)]
     return [(f'{path}, line {i}', _line(l, f'{path}, line {i}')) for i, l in enumerate(text.split('\n'), 1) if l.strip()]
 
 def _line(line, where):
     try: return json.loads(line)
-    except (ValueError, RecursionError): raise WebseerError(f'{where}: not JSON ({line[:40]!r}); mend or remove the line') from None
+    except ValueError: raise WebseerError(f'{where}: not JSON ({line[:40]!r}); mend or remove the line') from None
+    except RecursionError: raise WebseerError(f'{where}: nested too deeply ({line[:40]!r}); mend or remove the line') from None
 
 def _parquet_rows(path):
     try: import pyarrow.parquet as pq
@@ -350,7 +372,7 @@ def describe_policy(
     return dict(policy=type(policy).__name__, **named)
 
 def describe_tools(
-    tools,  # tools, or a function that makes them
+    tools,  # tools, or a function that gives them; what counts is its attribute `describe`, a function without arguments
 ):          # JSON-able dict, or None
     "What results depend on, as far as the tools tell."
     describe = getattr(tools, 'describe', None)
@@ -358,7 +380,7 @@ def describe_tools(
 
 async def run_questions(
     policy,           # a Policy; it sees all rollouts at once
-    tools,            # Tools, or a function of the question that gives them
+    tools,            # Tools, or a function of the question that gives them, with an attribute `describe` where results depend on more
     questions,        # list of Question
     path,             # folder for the queue, run.jsonl and summary.json
     budget=Budget(),  # limits of each rollout

@@ -7,6 +7,7 @@ __all__ = ['app', 'STAGES', 'data', 'reproduce', 'analyze', 'ask', 'serve_model'
            'sft', 'launch', 'prove', 'audit', 'serve', 'index']
 
 # %% ../nbs/15_cli.ipynb #de7e6088
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -202,9 +203,9 @@ _Limit = Annotated[Optional[int], typer.Option("--limit", "-n", help="Take the f
 
 class _OwnWorld:
     "To each question of the mini-web the tools of its test world."
-    def __init__(self, worlds): self._of = {q.qid: tools for _, tools, qs in worlds for q in qs}
+    def __init__(self, worlds, config): self._of, self._config = {q.qid: tools for _, tools, qs in worlds for q in qs}, config
     def __call__(self, q): return self._of[q.qid]
-    def describe(self): return dict(next(iter(self._of.values())).describe(), worlds=len({id(t) for t in self._of.values()}))
+    def describe(self): return dict(next(iter(self._of.values())).describe(), world=asdict(self._config))
 
 def _questions(source, profile, limit):
     "Questions, and the tools of each where they are about the mini-web."
@@ -212,8 +213,9 @@ def _questions(source, profile, limit):
         from webseer.batch import read_questions
         return read_questions(source)[:limit], None
     from webseer.evaluate import test_world
+    from webseer.world import WorldConfig
     worlds = [test_world(profile, i) for i in range(profile.test_worlds)]
-    return [q for _, _, qs in worlds for q in qs][:limit], _OwnWorld(worlds)
+    return [q for _, _, qs in worlds for q in qs][:limit], _OwnWorld(worlds, WorldConfig.of(profile))
 
 @app.command()
 def run(

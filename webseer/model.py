@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['THOUGHTS', 'CHAT_TEMPLATE', 'phrases', 'build_tokenizer', 'Codec', 'ModelConfig', 'rotate', 'Attention', 'MLP',
            'Block', 'Decoder', 'Qwen2', 'init_weights', 'hf_config', 'save_checkpoint', 'load_checkpoint', 'Sampler',
-           'ModelPolicy']
+           'weights_hash', 'ModelPolicy']
 
 # %% ../nbs/07_model.ipynb #cd2b8373
-import asyncio, json
+import asyncio, hashlib, json
 from dataclasses import dataclass, asdict
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -448,6 +448,17 @@ class Sampler:
         return self.model.extend(ids, pos, self.caches, m, bias)
 
 # %% ../nbs/07_model.ipynb #45d987cb
+def weights_hash(
+    model,  # Qwen2
+    codec,  # Codec
+):          # 12 hexadecimal digits
+    "What a model computes, in short: the SHA-256 of its sizes, its tokenizer and its weights."
+    h = hashlib.sha256(json.dumps([asdict(model.c), codec.tok.to_str()], sort_keys=True).encode())
+    for name, w in sorted(model.state_dict().items()):
+        h.update(f'{name} {w.dtype} {list(w.shape)}\n'.encode())
+        h.update(w.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return h.hexdigest()[:12]
+
 class ModelPolicy:
     "Batches the turns of all rollouts under way through one sampler."
     def __init__(self,
@@ -459,6 +470,11 @@ class ModelPolicy:
     ):
         self.sampler = Sampler(model, codec, temperature, max_new, seed); self.codec = codec
         self.live, self.waiting, self._n = {}, {}, 0
+    def describe(self):  # JSON-able; the seed only where something is drawn
+        "What the turns depend on."
+        s = self.sampler
+        return dict(policy='model', weights=weights_hash(s.model, s.codec), max_new=s.max_new, temperature=s.temperature,
+                    **(dict(seed=s.rng.initial_seed()) if s.temperature else {}))
     def start(self,
         traj,  # a rollout with its first messages
     ):

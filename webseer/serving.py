@@ -6,7 +6,7 @@
 __all__ = ['CPU_ENV', 'QUIET_ENV', 'serve_command', 'find_vllm', 'has_gpu', 'why_it_ended', 'ModelServer', 'serve_model']
 
 # %% ../nbs/06c_serving.ipynb #2cd510be
-import collections, contextlib, json, os, re, shlex, shutil, signal, socket, subprocess, sys, threading, time
+import collections, contextlib, errno, json, os, re, shlex, shutil, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 
 from .core import WebseerError, run_dir
@@ -16,16 +16,24 @@ def _config(model):
     "The configuration of a checkpoint folder, {} for a name on the hub."
     path = Path(model)/"config.json"
     if not path.parent.is_dir(): return {}
-    try: return json.loads(path.read_text(encoding="utf-8"))
+    try: config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise WebseerError(f"{path.parent} is no checkpoint: it has no config.json; name the folder that holds it") from None
-    except ValueError: raise WebseerError(f"{path} is damaged: write the checkpoint again") from None
+    except OSError as e: raise WebseerError(f"{path} cannot be read ({e.strerror}): mend that, or name another checkpoint") from None
+    except (ValueError, RecursionError): config = None
+    if not isinstance(config, dict): raise WebseerError(f"{path} is damaged: write the checkpoint again")
+    return config
 
 def _yarn(profile, config):
     "What the model's configuration becomes: its rotary settings, and the length that vLLM then accepts."
     theta = (config.get("rope_parameters") or config).get("rope_theta", profile.serve_rope_theta)
-    short = config.get("max_position_embeddings", profile.serve_yarn_from)
+    short = min(config.get("max_position_embeddings") or profile.serve_yarn_from, profile.serve_yarn_from)
     return {"max_position_embeddings": int(short * profile.serve_yarn),
             "rope_parameters": {"rope_type": "yarn", "factor": profile.serve_yarn, "rope_theta": theta, "original_max_position_embeddings": short}}
+
+def _checked(port):
+    "A port that can be asked for."
+    if 0 <= port <= 65535: return port
+    raise WebseerError(f"{port} is no port: choose one from 1 to 65535 with --port, or 0 for a free one")
 
 def serve_command(
     profile,  # run profile; its `serve_` keys count
@@ -38,7 +46,7 @@ def serve_command(
     "The command that serves a profile's model with vLLM."
     model = str(model or profile.serve_model or run_dir(profile, profile.seeds[0])/"srrl"/"checkpoint")
     config = _config(model)
-    words = [vllm, "serve", model, "--served-model-name", profile.serve_name, "--host", host, "--port", str(port),
+    words = [vllm, "serve", model, "--served-model-name", profile.serve_name, "--host", host, "--port", str(_checked(port)),
              "--enable-auto-tool-choice", "--tool-call-parser", profile.serve_tool_parser]
     if profile.serve_reasoning_parser: words += ["--reasoning-parser", profile.serve_reasoning_parser]
     if profile.serve_context: words += ["--max-model-len", str(profile.serve_context)]
@@ -68,6 +76,10 @@ def has_gpu() -> bool:
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # 1 GiB of cache; leave the threads where the container puts them
 QUIET_ENV = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}  # nothing about the run leaves the machine
 
+def _env(cpu):
+    "What vLLM finds in its environment beside the rest; what is set already stays as it is."
+    return {k: os.environ.get(k, v) for k, v in (QUIET_ENV | (CPU_ENV if cpu else {})).items()}
+
 # %% ../nbs/06c_serving.ipynb #c73c310f
 _HINTS = (  # what vLLM's log says, what to do about it
     (r"head[_ ]size.*(not supported|unsupported)|(not supported|unsupported|invalid).*head[_ ]size", "this build has no attention kernel for the model's "
@@ -94,11 +106,20 @@ def why_it_ended(
     return (told or lines or ["it wrote nothing"])[-1][-300:]
 
 def _free(host, port):
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try: s.bind((host, port))
-        except OSError: return None
-        return s.getsockname()[1]
+    "The port, or a free one for 0. Raises WebseerError if nobody can listen there."
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET                 # as vLLM chooses
+    nowhere = f"{host!r} is no address of this machine: give 127.0.0.1, 0.0.0.0 for all of its addresses, or another of them with --host"
+    try: at = socket.getaddrinfo(host, _checked(port), family, socket.SOCK_STREAM)[0][4]
+    except (socket.gaierror, UnicodeError): raise WebseerError(nowhere) from None
+    try:
+        with socket.socket(family) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(at)
+            return s.getsockname()[1]
+    except PermissionError: raise WebseerError(f"port {port} of {host} is the system's: choose one from 1024 on with --port") from None
+    except OSError as e:
+        if e.errno != errno.EADDRINUSE: raise WebseerError(nowhere) from None
+        raise WebseerError(f"port {port} of {host} is taken: choose another with --port, or stop the program that uses it") from None
 
 _GUARD = "read nothing; kill -TERM -$0; sleep 10; kill -KILL -$0"   # its input ends with the process that holds the other end
 
@@ -117,11 +138,11 @@ class ModelServer:
     ):
         self.host, self.log, self.tell, self.patience = host, log, tell, patience
         self.port = _free(host, port)
-        if self.port is None: raise WebseerError(f"port {port} of {host} is taken: choose another with --port, or stop the program that uses it")
         cpu = not has_gpu()
         self.command = serve_command(profile, model, host, self.port, vllm or find_vllm(), cpu)
-        self.env = QUIET_ENV | (CPU_ENV if cpu else {})
-        self.base_url, self.model = f"http://{host}:{self.port}/v1", profile.serve_name
+        self.env, self.model = _env(cpu), profile.serve_name
+        self._url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.base_url = f"{self._url}/v1"
         self._tail, self._process, self._guard = collections.deque(maxlen=400), None, None
 
     def __repr__(self): return f"ModelServer({self.model!r}, {self.base_url!r})"
@@ -129,9 +150,11 @@ class ModelServer:
     def start(self):
         "Start the server and wait until it answers. Raises WebseerError if it ends or takes too long."
         with contextlib.ExitStack() as keep:
-            out = keep.enter_context(open(self.log, "w", encoding="utf-8")) if self.log else None
+            try: out = keep.enter_context(open(self.log, "w", encoding="utf-8")) if self.log else None
+            except OSError as e:
+                raise WebseerError(f"the log {self.log} cannot be written ({e.strerror}): name a file in a folder that exists") from None
             try: self._process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-                                                  errors="replace", start_new_session=True, env={**self.env, **os.environ})
+                                                  errors="replace", start_new_session=True, env={**os.environ, **self.env})
             except OSError as e: raise WebseerError(f"{self.command[0]} cannot be started: {e.strerror}") from None
             keep.pop_all()
         self._guard = subprocess.Popen(["/bin/sh", "-c", _GUARD, str(self._process.pid)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -145,15 +168,25 @@ class ModelServer:
         return self
 
     def _read(self, out):
-        with out or contextlib.nullcontext():
-            for line in self._process.stdout:
-                self._tail.append(line)
+        for line in self._process.stdout:
+            self._tail.append(line)
+            try:
                 if out: out.write(line); out.flush()
-                if self.tell: self.tell(line.rstrip("\n"))
+            except OSError as e:
+                self._say(f"the log {self.log} ends here: {e.strerror}")
+                with contextlib.suppress(OSError): out.close()
+                out = None
+            self._say(line.rstrip("\n"))
+        if out: out.close()
+
+    def _say(self, line):
+        try:
+            if self.tell: self.tell(line)
+        except Exception: self.tell = None
 
     def _wait(self):
         import httpx
-        end, health = time.monotonic() + self.patience, f"http://{self.host}:{self.port}/health"
+        end, health = time.monotonic() + self.patience, f"{self._url}/health"
         where = f"; its log is in {self.log}" if self.log else ""
         with httpx.Client(timeout=5, trust_env=False) as client:
             while True:
@@ -197,17 +230,18 @@ def serve_model(
     "Serve a model until interrupted."
     if dry_run:
         cpu, program = not has_gpu(), os.environ.get("WEBSEER_VLLM") or "vllm"
-        env = QUIET_ENV | (CPU_ENV if cpu else {})
-        return tell(" ".join([*(f"{k}={v}" for k, v in env.items()), shlex.join(serve_command(profile, model, host, port, program, cpu))]))
+        with contextlib.suppress(WebseerError): program = find_vllm()           # a machine without it can still show the command
+        words = serve_command(profile, model, host, port, program, cpu)
+        return tell(" ".join([*(f"{k}={shlex.quote(v)}" for k, v in _env(cpu).items()), shlex.join(words)]))
     server = ModelServer(profile, model, host, port, log, tell)
-    tell(shlex.join(server.command))
+    server._say(shlex.join(server.command))
     def end(*_): raise KeyboardInterrupt
     before = signal.signal(signal.SIGTERM, end) if threading.current_thread() is threading.main_thread() else None
     try:
         with server:
-            tell(f"{server.model} answers at {server.base_url}")
+            server._say(f"{server.model} answers at {server.base_url}")
             while server.running: time.sleep(0.5)
             raise WebseerError(f"vllm ended with {server._process.returncode}: {why_it_ended(server._tail)}")
-    except KeyboardInterrupt: tell("stopped")
+    except KeyboardInterrupt: server._say("stopped")
     finally:
         if before is not None: signal.signal(signal.SIGTERM, before)
