@@ -142,6 +142,27 @@ def test_several_submissions_and_final_answer():
     assert r.differs and r.answer == "Osk" and r.submissions == ["Osk", "Tarn"]
 
 
+def test_line_breaks_inside_a_text_split_no_json_line(tmp_path, items):
+    p = tmp_path / "breaks.jsonl"
+    for x, c in zip(items, "\u2028\u2029\x85\x0b\x0c"): x["messages"][1]["content"] += f" one{c}two"
+    p.write_bytes(b"\r\n".join(json.dumps(x, ensure_ascii=False).encode() for x in items) + b"\r\n")
+    assert [r.question.split("one")[1] for r in L.load(p)] == [f"{c}two" for c in "\u2028\u2029\x85\x0b\x0c"] and len(L.entries(p)) == 5
+
+
+@pytest.mark.parametrize("bad, said", [({"a": 1}, "line 5 is an object with the keys a, not a rollout"), ([], "line 5 is a list"), ({"messages": [3]}, "line 5, message 0 is a int")])
+def test_a_bad_json_line_is_named_by_its_line(tmp_path, items, bad, said):
+    p = tmp_path / "bad.jsonl"
+    p.write_text("\n" + "\n\n".join(json.dumps(x) for x in (items[0], bad, items[1])) .replace("}\n\n", "}\n\n\n", 1))
+    with pytest.raises(WebseerError) as e: L.load(p)
+    assert f"{p}: {said}" in str(e.value) and "\n" not in str(e.value)
+    p.write_text("\n\n" + json.dumps(items[0]) + "\n{bad\n")
+    with pytest.raises(WebseerError, match="line 4 of the JSON lines is cut off or damaged .* after 1 complete"): L.load(p)
+    p.write_text("\n " + json.dumps([items[0], bad]))
+    with pytest.raises(WebseerError, match="rollout 1"): L.load(p)
+    p.write_text("\n \n" + json.dumps([items[0], items[1]], indent=1)[:-9])
+    with pytest.raises(WebseerError, match="cut off in rollout 1, after 1 complete"): L.load(p)
+
+
 def test_json_lines_bom_and_two_files(tmp_path, items, path):
     lines = tmp_path / "b.jsonl"
     lines.write_bytes(b"\xef\xbb\xbf" + "\n".join(json.dumps(x) for x in items[:2]).encode())

@@ -14,7 +14,8 @@ from webseer.agent import INSTRUCTION, ScriptedPolicy, call_text, parse_reply, r
 from webseer.batch import Ledger
 from webseer.core import WebseerError, keyed_rng, write_text
 from webseer.retrieval import MiniWeb, Hit, Page, ask_fair
-from webseer.synth import (BRIDGES, VERDICTS, SynthConfig, attempt, copies, grade, load_sft, mix_down, read_verdict, sft_row, synthesise, text_row, valid)
+from webseer.synth import (BRIDGES, VERDICTS, SynthConfig, attempt, closed_book, copies, gives_answer, grade, load_sft, make_report, mix_down, question_copies, read_verdict,
+                           report_text, sft_row, synthesise, text_row, valid, verifier_prompt)
 from webseer.tools import TOOLS, Tools, WebTools
 from webseer.traj import Traj, events, load_trajs
 from webseer.world import Question, World
@@ -42,7 +43,42 @@ def test_truth(answer, golds, paper, released): assert (grade(answer, golds), gr
 def test_any_verdict_text(words):
     v = read_verdict(" ".join(words))
     assert v in (None, *VERDICTS)
-    if not any(w in " ".join(words).lower() for w in ("correct", "right", "true", "wrong", "false")): assert v is None
+    if not any(w in " ".join(words).lower() for w in ("correct", "right", "true", "wrong", "false", "part")): assert v is None
+
+
+@pytest.mark.parametrize("text", ["correct", '{"verdict": "correct"}', "The answer is correct.", "right", "True", "**Verdict:** correct", "<answer>correct</answer>", "\\boxed{correct}",
+    "correct, no doubt", "There is no doubt that it is correct", "correct (not wrong)", "The claim is correct, not incorrect", "Is the answer correct? Yes, it is correct.",
+    "I checked whether the answer is correct, and it is correct.", "I was asked to say correct or incorrect. It is correct.", "Correct. The question asks for correct or incorrect.",
+    "The proposed answer is correct because no other source contradicts it", "Smith is the most likely author, so the answer is correct.", "It is correct. Mostly I relied on one page."])
+def test_said_to_be_correct(text): assert read_verdict(text) == C
+
+
+@pytest.mark.parametrize("text", ["Partly Correct.", "partially_correct", "PARTIALLY CORRECT", "partly incorrect", "Partly.", "it is not entirely right", "isn't quite right",
+    "not actually fully correct", "half right", "mostly correct", "correct in part", "Correct, but only in part.", "The answer is partly correct."])
+def test_said_to_be_partly_correct(text): assert read_verdict(text) == P
+
+
+@pytest.mark.parametrize("text", ["**Incorrect**", "Incorrect. The correct answer is 1843.", "incorrect - the correct answer is Paris", "Incorrect, correct answer is Paris", "Verdict: wrong",
+    "The proposed answer is not correct", "the correct answer is Paris, so it is incorrect", "incorrect since the true population is 5", "incorrect because the right name is X",
+    "The answer wasn't correct", "The answer wasn’t correct", "The answer isn't correct.", "not actually correct", "cannot be correct", "can not be right", "could not be correct", "doesn't look right",
+    "The answer does not seem to be correct", "That can't be right", "never correct", "far from correct", "not the correct one", "Correct? No, it is wrong.", "The answer is wrong: no evidence supports it.",
+    "The answer is not Paris, so it is incorrect", "I could not verify that it is correct, so it is incorrect"])
+def test_said_to_be_incorrect(text): assert read_verdict(text) == I
+
+
+@pytest.mark.parametrize("text", ["Paris", "", "this is not wrong", "correct?", "correct or incorrect", "correct or incorrect?", "either correct or incorrect", "correct/incorrect", "correct | incorrect",
+    "'correct' or 'incorrect'", "'correct', 'partly correct' or 'incorrect'", "correct and/or incorrect", "correct or not", "It is neither right nor wrong", "not necessarily correct",
+    "could not verify that it is correct", "I couldn't confirm it is correct", "There is no evidence that this is correct", "There is not enough evidence to call it correct", "Nothing confirms that it is correct",
+    "No source says it is correct", "Unable to determine whether the answer is correct", "It is unclear if this is wrong", "I doubt this is correct", "I am not sure it is correct", "not verified as correct",
+    "might be correct", "may not be correct", "probably correct", "unlikely to be correct", "I cannot say that it is incorrect",
+    *(verifier_prompt("Who is it?", "Ada", rule) for rule in ("paper", "released"))])
+def test_an_echo_or_a_doubt_is_no_verdict(text): assert read_verdict(text) is None
+
+
+def test_long_texts_are_read_at_once():
+    before = time.perf_counter()
+    for piece in ("may ", "correct ", "correct, ", "not ", "not be ", "no ", " ", "verdict ", "correct/", "doubt", "partly correct "): read_verdict(piece * 20_000)
+    assert time.perf_counter() - before < 5
 
 
 # known reports
@@ -300,8 +336,97 @@ def test_mix(multi, single, ratio, seed):
     else: assert len(kept) == multi + single
 
 
+def asked(qid, text, golds, world=None): return Question(qid, text, golds, 1, "", (), world)
+
+
+def test_copies_are_the_same_question():
+    bags = ["Who is the mentor of the spouse of Sordal?", "Who is the spouse of the mentor of Sordal?", "Of Sordal, who is the mentor of the spouse?"]
+    found = lambda near=.9, **worlds: {i: j for i, (j, _) in question_copies([asked(str(i), t, g, w) for i, (t, g, w) in enumerate(worlds["of"])], near).items()}
+    a, b = ("Ada",), ("Bob", "Ada B.")
+    assert found(of=[(bags[0], a, None), (bags[1], b, None), (bags[2], a, None), (bags[1], ("ada b!",), None)]) == {2: 0, 3: 1}
+    assert found(of=[(t, a, 0) for t in bags]) == {}                                              # a world's questions are all made of the same words
+    assert found(of=[(bags[0], a, 0), (bags[0], a, 1), (bags[0], a, None), (bags[0].upper(), b, "1")]) == {3: 1}      # one text in one world has one right answer
+    assert found(None, of=[(bags[0], a, None), (bags[2], a, None), (bags[0] + "!", b, None), (bags[0], a, 7)]) == {2: 0}
+    from webseer.questions import drop_copies
+    for items in ([asked(str(i), t, g, w) for i, (t, g, w) in enumerate((t, g, w) for t in bags for g in (a, b) for w in (None, 0, 1))], few(40)[1]):
+        for near in (.9, None):
+            gone = question_copies(items, near)
+            assert [q for i, q in enumerate(items) if i not in gone] == drop_copies(items, near)[0]
+            assert sum(s == 1 for _, s in gone.values()) == drop_copies(items, near)[1]["copies"]
+
+
+def test_a_run_keeps_questions_that_only_look_alike(tmp_path):
+    reasoner, verifier = gold_scripts()
+    spouse = "Who is the spouse of Sordal?"
+    qs = [asked("w0", spouse, ("Ada",), 0), asked("w1", spouse, ("Bob",), 1), asked("w2", spouse.upper(), ("Bob",), 1), asked("c1", "Who is the mentor of the spouse of Sordal?", ("Cid",)),
+          asked("c2", "Who is the spouse of the mentor of Sordal?", ("Dan",)), asked("c3", "Who is the spouse of Sordal's mentor?", ("Eve",))]
+    run = lambda near: run_sync(synthesise(qs, reasoner, verifier, Tools(MiniWeb(World(1))), tmp_path, SynthConfig(near=near), progress=False))
+    for near in (.5, .9, None): assert (rep := run(near))["dropped"] == dict(duplicate=1) and rep["kept"] == 5
+
+
+def gold_scripts():
+    "A reasoner that searches and is right, a verifier that searches and agrees."
+    def propose(traj):
+        yield call_text("search", query=traj.question)
+        yield call_text("submit_answer", answer=traj.golds[0])
+    def judge(traj):
+        yield call_text("search", query="y")
+        yield call_text("submit_answer", answer="correct")
+    return ScriptedPolicy(propose), ScriptedPolicy(judge)
+
+
+def test_tools_may_be_a_function_of_the_question(tmp_path):
+    from webseer.world import WorldConfig
+    webs = {w: MiniWeb(World(w, WorldConfig(n_entities=24))) for w in (1, 2)}
+    qs = [ask_fair(web, keyed_rng("two worlds", i), qid=f"{w}-{i}") for w, web in webs.items() for i in range(3)]
+    tools, used = {w: Tools(web) for w, web in webs.items()}, []
+    def of(q): used.append(q.qid); return tools[int(q.qid[0])]
+    rep = run_sync(synthesise(qs, *gold_scripts(), of, tmp_path/"a", progress=False))
+    assert rep["attempts"] == rep["kept"] == 6 and set(used) == {q.qid for q in qs}
+    run_sync(synthesise(qs[:3], *gold_scripts(), tools[1], tmp_path/"b", progress=False))
+    assert (tmp_path/"a"/"trajectories.jsonl").read_text().startswith((tmp_path/"b"/"trajectories.jsonl").read_text())      # results of the right world
+    sessions = []
+    def web(q): sessions.append(WebTools(Pages())); return sessions[-1]
+    assert run_sync(attempt(asked("q", "What?", ("gold",)), *gold_scripts(), web))["kept"] and len(sessions) == 2             # reasoner and verifier
+
+
+@pytest.mark.parametrize("reply, golds, right", [("The answer is Paris.", ["Paris"], 1), ("It was built in 1912, I believe.", ["1912"], 1), ("Parisians know it.", ["Paris"], 0), ("Paris", ["Lyon", "paris"], 1),
+    ("<think>Paris or Lyon?</think>Lyon.", ["Paris"], 0), ("<think>Paris", ["Paris"], 0), ("<think>Lyon?</think>The capital is **Paris**", ["Paris"], 1), ("", ["Paris"], 0),
+    ("There is no way to know.", ["no"], 0), ("I do not know.", ["no"], 0), ("No.", ["no"], 1), ("**No**, it isn't.", ["No"], 1), ("The answer is no.", ["no"], 1), ("Yes, they are.", ["yes"], 1), ("Yes men say so.", ["yes"], 0),
+    ("Is it true that he left?", ["true"], 0), ("It has 4 members and 2 heads.", ["4"], 0), ("The number is 4.", ["4"], 1), ("4", ["4"], 1), ("Answer: 12", ["12"], 1), ("It was born in 12 places.", ["12"], 0),
+    ("This is vitamin C, as in lemons.", ["C"], 0), ("It is C, as in lemons.", ["C"], 1), ("...", ["?", "!"], 0)])
+def test_an_answer_in_a_sentence(reply, golds, right): assert bool(gives_answer(reply, golds)) == bool(right)
+
+
+@pytest.mark.parametrize("rule", ["paper", "released"])
+def test_closed_book_finds_what_is_only_said(rule):
+    "Without tools a model may not submit at all; a submission is graded as before."
+    ask = lambda said, golds=("Paris", "Lutetia"): run_sync(closed_book(asked("q", "Capital?", golds), ScriptedPolicy(lambda traj: (x for x in said)), SynthConfig(closed_book=1, rule=rule)))
+    assert ask(["The answer is Paris.", "I have no tools."]) | dict(use=0) == dict(right=1, answers=["The answer is Paris."], use=0)
+    assert ask(["I do not know.", "No idea at all."], ("no",))["right"] == 0 and ask(["Lutetia it is.", "Yes."])["right"] == (rule == "paper")
+    assert ask([call_text("submit_answer", answer="It is Paris")])["right"] == (rule == "released") and ask([call_text("submit_answer", answer="Paris")])["right"] == 1
+    assert ask(["It is Paris.", call_text("submit_answer", answer="Lyon")])["right"] == 0
+
+
+def test_what_failed_is_reported(tmp_path):
+    class Down:
+        passing = ()
+        def start(self, t): pass
+        async def act(self, t): raise WebseerError(f"no server | {t.question[:3]}")
+        def end(self, t): pass
+    tools, qs = few(3)
+    qs = [asked(q.qid, f"{'abb'[i]} {q.text}", q.golds) for i, q in enumerate(qs)]
+    rep = run_sync(synthesise(qs, Down(), Down(), tools, tmp_path, progress=False))
+    text = (tmp_path/"report.md").read_text()
+    assert rep["failed"] == 3 and rep["attempts"] == 0 and report_text(rep) == text and "| failed | 3 |" in text
+    told, = [l for l in text.splitlines() if l.startswith("| most frequent failures |")]
+    assert told.index("2 times: ") < told.index("1 times: ") and "no server" in told
+    assert "| failed | 0 |\n| most frequent failures | - |" in report_text(make_report([]))
+
+
 def test_leaks_copies_and_identical_trajectories(tmp_path):
     tools, qs = few(12)
+    qs = [asked(q.qid, q.text, q.golds) for q in qs]                              # of no world, where near ones can be copies
     twin = Question("twin", qs[4].text.upper(), qs[4].golds, 1, "", (), None)
     near = Question("near", qs[5].text.rstrip("?") + ", please?", qs[5].golds, 1, "", (), None)
     def propose(traj):

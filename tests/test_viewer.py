@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -21,7 +20,7 @@ from webseer import released
 from webseer.core import WebseerError
 from webseer.rewards import score_answer
 from webseer.traj import Traj, save_trajs
-from webseer.viewer import Pieces, Shown, body, index_row, question_keys, read_run, view
+from webseer.viewer import body, index_row, question_keys, read_run, view
 
 EVIL = "</script><script>alert('page')</script><!-- <img src=x onerror=alert(1)> ]]> \u2028 & <b>bold</b>"
 
@@ -176,6 +175,20 @@ def test_tokens_spell_the_text(tmp_path):
     assert "".join(t for t in texts if t != "…") == "".join(said) and [blocks["pieces"][k][0] for k in b["tokens"]["pieces"]] == sum(parts, [])
     assert b["tokens"]["mask"] == [len(x) for x in parts] and b["mode"] == "tokens" and b["tokens"]["logprobs"][-1] is None
     assert unpack(view(p, tmp_path/"page.html").read_text())[1][0]["mode"] == "ids"
+
+
+def test_published_json_lines_are_named_by_their_line(tmp_path):
+    p, said = tmp_path/"published.jsonl", "one\u2028two\u2029three\x85four"
+    entry = lambda text: dict(messages=[dict(role="user", content="Question: q"), dict(role="assistant", content=text, tool_calls=[call(0, "submit_answer", answer="a")]), dict(role="tool", content="ok")],
+                              golden_answers=["a"], success=True)
+    lines = [json.dumps(entry(x), ensure_ascii=False) for x in ("first", said)]
+    p.write_text("\n" + "\n\n".join(lines), encoding="utf-8", newline="\n")
+    index, bodies, _ = unpack(view(p, tmp_path/"page.html").read_text(encoding="utf-8"))
+    assert [r[index["fields"].index("place")] for r in index["rows"]] == ["line 2", "line 4"] and any(e["text"] == said for e in bodies[1]["events"])
+    for bad in ('{"a": 1}', '{"messages": 3}', "{bad", "[]"):
+        p.write_text("\n".join([lines[0], "", bad, lines[0]]))
+        with pytest.raises(WebseerError) as e: view(p, tmp_path/"page.html")
+        assert f"{p}: line 3 " in str(e.value) and "\n" not in str(e.value)
 
 
 PUBLISHED = released.published()
@@ -444,6 +457,25 @@ def test_contrast_and_narrow(browser, pair, scheme):
     finally:
         browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(features=[]))
+
+
+def test_a_narrow_window_breaks_no_button_and_cuts_no_choice(browser, tmp_path):
+    names = [tmp_path/f"{'a-long-name-of-a-run-' * 2}{i}.jsonl" for i in (1, 2)]
+    for old, new in zip(runs(tmp_path), names): old.rename(new)
+    page = view(names, tmp_path/"page.html", title="A title that is far too long for a window of five hundred pixels")
+    try:
+        for width in (400, 500, 1280):
+            browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=800, deviceScaleFactor=1, mobile=False))
+            browser.open(page.as_uri() + f"#run={names[0].stem}&q=c&with={names[1].stem}")
+            browser.wait("document.querySelectorAll('.pairs').length", 1)
+            tall, wide = browser.js("return [[...document.querySelectorAll('header.bar button')].map(n => n.offsetHeight), document.documentElement.scrollWidth]")
+            assert max(tall) < 40 and wide <= width
+            cell, choice, how = browser.js("""const s = document.querySelector('.versus select'), r = s.getBoundingClientRect(), p = s.parentElement.getBoundingClientRect();
+                return [[p.left, p.right], [r.left, r.right], getComputedStyle(s).textOverflow]""")
+            assert cell[0] <= choice[0] and choice[1] <= cell[1] and how == "ellipsis"
+            assert width > 800 or choice[1] - choice[0] > .9 * (cell[1] - cell[0] - 12)
+        browser.clean()
+    finally: browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_the_theme_is_remembered(browser, pair):

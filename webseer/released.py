@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARGUMENTS', 'KNOWN', 'CALL_BLOCK', 'REPLY_ROLES', 'RULES', 'NAMES', 'STYLE', 'VERDICT', 'PAIRS', 'SAMPLE',
            'undo_json', 'text_of', 'Call', 'read_call', 'verdict', 'gold_list', 'Rollout', 'raw_calls', 'read_rollout',
-           'entries', 'load', 'proportion', 'mean_interval', 'analyse', 'pool_depths', 'report', 'figures', 'published']
+           'placed_entries', 'entries', 'load', 'proportion', 'mean_interval', 'analyse', 'pool_depths', 'report',
+           'figures', 'published']
 
 # %% ../nbs/13_released.ipynb #4889b742
 import csv, io, json, re, statistics
@@ -150,9 +151,10 @@ def read_rollout(
     item: dict,      # one entry of the file
     file: str = "",  # where it stands, for messages
     index: int = 0,  # position in the file
+    place: str = "", # the same in words, for messages
 ) -> Rollout:
     "Read one rollout, or say which one cannot be read and why."
-    msgs = _messages(item, f"{file}: rollout {index}")
+    msgs = _messages(item, f"{file}: {place or f'rollout {index}'}")
     golds, judged = gold_list(item.get("golden_answers", item.get("golds"))), verdict(item.get("success"))
     r = Rollout(file, index, "", golds, judged, "", [])
     roles = [m.get("role") for m in msgs]
@@ -183,17 +185,18 @@ def _read(path):
     except OSError as e: raise WebseerError(f"{path}: cannot be read ({e.strerror}); check the permissions") from None
     if not raw.strip(): raise WebseerError(f"{path}: the file is empty ({len(raw)} bytes); {_MEND}")
     if raw[:2] in (b"\x1f\x8b", b"PK"): raise WebseerError(f"{path}: the file is compressed; unpack it first")
-    try: text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").strip()
+    try: text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").rstrip()
     except UnicodeDecodeError as e:
         raise WebseerError(f"{path}: byte {e.start} is not UTF-8 text, so this is no JSON file; {_MEND}") from None
-    if text.startswith("version https://git-lfs"):
+    start = text.lstrip()                                                       # `text` keeps its empty lines, since lines are counted
+    if start.startswith("version https://git-lfs"):
         raise WebseerError(f"{path}: is a Git LFS pointer, not the data; run `git lfs pull` where it came from")
-    if text.startswith("<"): raise WebseerError(f"{path}: is a web page, not JSON; {_MEND}")
+    if start.startswith("<"): raise WebseerError(f"{path}: is a web page, not JSON; {_MEND}")
     return text
 
 def _complete(text):
     "How many entries of a damaged JSON list can still be read, and where the first unreadable one starts."
-    dec, at, n, skip = json.JSONDecoder(strict=False), 1, 0, re.compile(r"[\s,]*")
+    dec, at, n, skip = json.JSONDecoder(strict=False), text.index("[") + 1, 0, re.compile(r"[\s,]*")
     while True:
         at = skip.match(text, at).end()
         try: _, at = dec.raw_decode(text, at)
@@ -201,11 +204,11 @@ def _complete(text):
         n += 1
 
 def _lines(path, text):
-    "The rollouts of a file that holds one on each line."
+    "The rollouts of a file that holds one on each line, each with its place."
     rows = []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.split("\n"), 1):                              # other line breaks may stand inside a text
         if not line.strip(): continue
-        try: rows.append(json.loads(line, strict=False))
+        try: rows.append((f"line {i}", json.loads(line, strict=False)))
         except ValueError as e:
             raise WebseerError(f"{path}: line {i} of the JSON lines is cut off or damaged ({e.msg}), "
                                f"after {len(rows)} complete rollouts; {_MEND}") from None
@@ -213,33 +216,38 @@ def _lines(path, text):
 
 def _damage(path, text, e):
     "What is wrong with text that does not parse (`e`), as a sentence."
-    if not text.startswith("["):
-        return f"{path}: is not JSON (line {e.lineno}, column {e.colno}: {e.msg}), starts with {text[:30]!r}; {_MEND}"
+    if not (start := text.lstrip()).startswith("["):
+        return f"{path}: is not JSON (line {e.lineno}, column {e.colno}: {e.msg}), starts with {start[:30]!r}; {_MEND}"
     n, _ = _complete(text)
     how = "damaged" if text.endswith("]") else "cut off"
     line, col = text.count("\n", 0, e.pos) + 1, e.pos - text.rfind("\n", 0, e.pos)
     return f"{path}: {how} in rollout {n}, after {n} complete rollouts (line {line}, column {col}: {e.msg}); {_MEND}"
 
 def _entries(path, text):
-    "The list of entries of a JSON or JSON-lines file."
+    "The entries of a JSON or JSON-lines file, each with its place."
     try: data = json.loads(text, strict=False)
     except RecursionError: raise WebseerError(f"{path}: nested too deeply to be a list of rollouts; {_MEND}") from None
     except ValueError as e:
-        if text.startswith("{") and "\n" in text: return _lines(path, text)
+        if text.lstrip().startswith("{") and "\n" in text: return _lines(path, text)
         raise WebseerError(_damage(path, text, e)) from None
     if isinstance(data, dict) and "messages" in data: data = [data]
     if not isinstance(data, list):
         raise WebseerError(f"{path}: holds {_what(data, 'one object', 'a single')}, not a list of rollouts; expected a list of "
                            "objects with 'messages' as published under outputs/ of 99hgz/WebSeer")
     if not data: raise WebseerError(f"{path}: holds an empty list, no rollout to analyse; {_MEND}")
-    return data
+    return [(f"rollout {i}", x) for i, x in enumerate(data)]
+
+def placed_entries(
+    path,   # Path of a JSON or JSON-lines file
+) -> list:  # (place, rollout), the rollouts not yet looked at; the place is "line 4" in JSON lines, else "rollout 3"
+    "What a published file holds, and where. Raises WebseerError for a file that is damaged or of another kind."
+    return _entries(path, _read(path))
 
 def entries(
     path,   # Path of a JSON or JSON-lines file
 ) -> list:  # its rollouts, not yet looked at
     "What a published file holds. Raises WebseerError for a file that is damaged or of another kind."
-    return _entries(path, _read(path))
-
+    return [x for _, x in placed_entries(path)]
 
 def load(
     files,     # a path or several
@@ -250,10 +258,10 @@ def load(
     seen, out = {}, []
     for p in paths:
         text = _read(p)
-        if (key := fingerprint(text)) in seen:
+        if (key := fingerprint(text.strip())) in seen:
             raise WebseerError(f"{p}: has the same content as {seen[key]}; give each file once, or intervals come out too narrow")
         seen[key] = p
-        out += [read_rollout(x, str(p), i) for i, x in enumerate(_entries(p, text))]
+        out += [read_rollout(x, str(p), i, place) for i, (place, x) in enumerate(_entries(p, text))]
     return out
 
 # %% ../nbs/13_released.ipynb #0562913c

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'RULES', 'BANDS', 'VERIFY', 'CONTRADICTED', 'BRIDGES', 'COLUMNS', 'read_verdict', 'grade', 'valid',
-           'SynthConfig', 'verifier_prompt', 'Stitch', 'attempt', 'copies', 'closed_book', 'mix_down', 'sft_row',
-           'text_row', 'save_sft', 'save_text', 'load_sft', 'judge_report', 'make_report', 'report_text', 'synthesise']
+           'SynthConfig', 'verifier_prompt', 'Stitch', 'attempt', 'copies', 'question_copies', 'gives_answer',
+           'closed_book', 'mix_down', 'sft_row', 'text_row', 'save_sft', 'save_text', 'load_sft', 'judge_report',
+           'make_report', 'report_text', 'synthesise']
 
 # %% ../nbs/08a_synth.ipynb #f68ea5a6
 import importlib.util, json, math, re
@@ -15,32 +16,43 @@ from pathlib import Path
 from .core import WebseerError, fingerprint, keyed_rng, nearest, replacing, to_json, write_json, write_text
 from .agent import INSTRUCTION, Budget, Reply, call_text, rollout
 from .batch import add_up, describe_policy, describe_tools, question_key, results, run_queue
-from .rewards import em, f1, normalise, score_answer, table
+from .rewards import cover_em, em, f1, normalise, score_answer, table
 from .tools import TOOLS, ToolError
 from .traj import Traj, save_trajs
 from .world import Question
 
 # %% ../nbs/08a_synth.ipynb #02a2c2c5
 VERDICTS = ('correct', 'partly correct', 'incorrect')
-_SAID = re.compile(r'(?P<neither>\b(?:not|isn.?t|nor)\s+(?:incorrect|wrong|false)\b)'
-                   r'|(?P<partly>\bpart(?:ly|ially)[\s_-]+(?:in)?(?:correct|right|true|wrong)\b'
-                   r'|\b(?:not|n.t)\s+(?:fully|entirely|completely|quite)\s+(?:correct|right|true)\b)'
-                   r'|(?P<incorrect>\bin[\s-]?correct\b|\b(?:not|isn.?t|nor)\s+(?:correct|right|true)\b|\bwrong\b|\bfalse\b)'
-                   r'|(?P<correct>\bcorrect\b|\bright\b|\btrue\b)')
-_NOUN = re.compile(r'\b(?:correct|right|true)\s+(?:answers?|values?|ones?|names?)\b')
+_RIGHT, _WRONG = r'\b(?:correct|right|true)\b', r'\b(?:in[\s-]?correct|wrong|false)\b'
+_WORD, _PARTLY = fr'(?:{_RIGHT}|{_WRONG})', r'(?:part(?:ly|ially)|half|mostly|largely|somewhat|almost|nearly)'
+_NOT = r"\b(?:not|never|nor|cannot|(?:is|was|are|were|do|does|did|ca|could|would|should|has|have)n'?t)\b"
+_SO = r'(?:\s+(?:be|been|look|seem|appear|to|actually|really|factually|the|a|as|at\s+all))*\s+'   # between "not" and what is denied
+_SURE = r'(?:verif|confirm|determin|establish|support|conclu|decide|say|tell|show|prove|proof|know|sure|certain|clear|necessar|enough)\w*'
+_DOUBT = (fr'(?:{_NOT}|\bno(?:ne|thing)?\b)\s+(?:\w+\s+){{0,3}}{_SURE}|\bno\s+(?:evidence|reason|way)\b'
+          r'|(?<!no )(?<!beyond )(?<!without )\bdoubt|\bcould\b(?!\s+not\s+be\b)|\b(?:may|might)\b'
+          r'|\b(?:whether|if|unsure|uncertain|unclear|unable|insufficient|maybe|perhaps|possibly|probably|(?:un)?likely|hardly)\b')
+_SAID = re.compile('|'.join(f'(?P<{kind}>{form})' for kind, form in dict(                     # the first that fits counts
+    echo=fr'{_WORD}(?:\W+(?:{_PARTLY}\W+)?{_WORD})*\W*(?:and\W*)?(?:\b(?:or|nor)\b|[/|])\W*(?:{_PARTLY}\W+)?(?:{_WORD}|not\b)|{_WORD}\s*\?',
+    doubt=fr'(?:{_DOUBT})[^.!?;,\n]{{0,80}}?{_WORD}',
+    partly=fr'\b{_PARTLY}[\s-]+{_WORD}|{_RIGHT},?\s+(?:but\s+)?(?:only\s+)?(?:in\s+part\b|{_PARTLY})|\bpart(?:ly|ially)\b(?=[.!;]|\W*$)'
+           fr'|{_NOT}{_SO}?\s*(?:fully|entirely|completely|totally|quite)\s+{_RIGHT}',
+    neither=fr'{_NOT}{_SO}{_WRONG}',
+    incorrect=fr'{_WRONG}|{_NOT}{_SO}{_RIGHT}|\bfar\s+from\s+{_RIGHT}',
+    noun=fr'{_RIGHT}\s+(?:answer|value|one|name)s?\b',
+    correct=_RIGHT).items()))
 
 def read_verdict(
     text,  # what the verifier submitted
 ):         # one of `VERDICTS`, or None
     "The verdict in a text."
-    text = re.sub(r'[*_`"“”‘’#]', '', str(text).lower().replace('_', ' '))
-    lead = re.match(r'\W*(?:(?:the |final |my )*(?:verdict|answer)\W*(?:is)?\W*)?', text).end()
-    m = _SAID.match(text, lead)
-    if m and not _NOUN.match(text, lead): return _kind(m)
-    kinds = {_kind(m) for m in _SAID.finditer(_NOUN.sub(' ', text))}
+    text = re.sub(r'[*`"“”‘’#]', '', str(text).lower().replace('_', ' '))
+    lead = re.match(r'\W*(?:(?:the |final |my )*(?:verdict|answer)\W*(?:is\b)?\W*)?', text).end()
+    first = _SAID.match(text, lead)
+    if first and (v := _kind(first)): return v
+    kinds = {_kind(m) for m in _SAID.finditer(text)} - {None}
     return kinds.pop() if len(kinds) == 1 else None
 
-def _kind(m): return {'partly': 'partly correct', 'neither': None}.get(m.lastgroup, m.lastgroup)
+def _kind(m): return 'partly correct' if m.lastgroup == 'partly' else m.lastgroup if m.lastgroup in VERDICTS else None
 
 # %% ../nbs/08a_synth.ipynb #ba2fcf69
 RULES = ('paper', 'released')
@@ -81,7 +93,7 @@ class SynthConfig:
     max_calls: int = 40         # tool calls of either per round or sample
     seconds: float = None       # time of either per round or sample; None: no limit
     closed_book: int = 0        # times the reasoner is asked without tools; a question it then answers is dropped; 0: not asked
-    near: float = .9            # share of all words of two questions that both hold, from which one is a copy; None: exact copies only
+    near: float = .9            # share of the words of two questions with one answer, from which one is a copy; None: equal texts only
     mix: float = None           # multi-round trajectories per single-round one, some left out (paper: 1.5 is best); None: all
     seed: int = 0               # of all draws
 
@@ -142,6 +154,7 @@ class _Voice:
 class _Kept:
     "The tools of one question, open until `close`."
     def __init__(self, tools, question):
+        tools = tools(question) if callable(tools) else tools
         self._tools = tools.session(question) if hasattr(tools, 'session') else tools
     def session(self, question): return self
     async def aclose(self): pass
@@ -339,7 +352,7 @@ async def attempt(
     q,                    # Question
     reasoner,             # Policy that proposes
     verifier,             # Policy that judges; may be the same
-    tools,                # Tools
+    tools,                # Tools, or a function of the question that gives them
     cfg=SynthConfig(),    # settings
     number=0,             # of the attempt at this question
     note=lambda x: None,  # is given the attempt while it goes on
@@ -367,10 +380,41 @@ def copies(
             for w in rare: index[w].append(i)
     return out
 
+def question_copies(
+    questions,  # list of Question
+    near=.9,    # as for `copies`
+):              # {number of the copy: (number of the earlier question, share)}; the share is 1 for equal texts only
+    "Questions that are copies of earlier ones: equal texts in one world; outside of worlds, near ones that share an answer."
+    first, same_answer, best, out = {}, defaultdict(list), {}, {}
+    for i, q in enumerate(questions):
+        j = first.setdefault((None if q.world is None else str(q.world), normalise(q.text)), i)
+        if j != i: out[i] = j, 1.
+        elif q.world is None and near is not None:
+            for a in dict.fromkeys(map(normalise, q.golds)):
+                if a: same_answer[a].append(i)
+    for ids in same_answer.values():                                            # only here can near copies be
+        for a, (b, share) in copies([questions[i].text for i in ids], near).items():
+            best[ids[a]] = max(best.get(ids[a], (0., 0)), (share, -ids[b]))
+    out |= {i: (-j, min(share, 1 - 1e-9)) for i, (share, j) in best.items()}
+    return dict(sorted(out.items()))
+
 class _NoTools:
     "Nothing to look things up with."
     schemas = [s for s in TOOLS if s['function']['name'] == 'submit_answer']
     def call(self, name, args): raise ToolError('There is nothing to look up. Submit the answer you remember.', 'not_allowed')
+
+_BARE = re.compile(r'yes|no|true|false|\w|\d{1,2}')      # golds that any sentence may hold by chance
+
+def gives_answer(
+    reply,         # what the model said without submitting it
+    golds,         # gold answers
+    rule='paper',  # released: the first gold only
+):                 # bool
+    "Whether a reply in words gives a gold answer."
+    text = re.sub(r'<think>.*?(?:</think>|$)|[*_`#]', '', reply, flags=re.S).strip()
+    def clause(g): return re.search(rf"(?:^|\b(?:is|was|are|were|answer)\b|[:=])\W*{re.escape(g)}\s*(?:[.,;:!)'\"\n]|$)", text, re.I)
+    def holds(g): return clause(g.strip()) if _BARE.fullmatch(normalise(g)) else cover_em(text, g, words=True)
+    return any(holds(g) for g in (golds[:1] if rule == 'released' else golds) if normalise(g))
 
 async def closed_book(
     q,         # Question
@@ -386,10 +430,13 @@ async def closed_book(
         finally: voice.close()
         if t.stop == 'error': raise WebseerError(t.meta.get('error') or 'a rollout failed')
         _use(rec, 'closed book', t)
-        said = next((m for m in reversed(t.messages) if m['role'] == 'assistant'), {})
-        answer = t.submissions[0]['answer'] if t.submissions else said.get('content') or ''
+        if t.submissions: answer, right = (a := t.submissions[0]['answer']), grade(a, q.golds, cfg.rule) == 'correct'
+        else:
+            said = [m.get('content') or '' for m in t.messages if m['role'] == 'assistant'] or ['']
+            answer = next((x for x in said if gives_answer(x, q.golds, cfg.rule)), said[-1])
+            right = gives_answer(answer, q.golds, cfg.rule)
         rec['answers'].append(answer)
-        rec['right'] += grade(answer, q.golds, cfg.rule) == 'correct'
+        rec['right'] += right
     return rec
 
 # %% ../nbs/08a_synth.ipynb #92f77714
@@ -550,11 +597,14 @@ def report_text(
         return 'not known' if x is None else f'{x:.3f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) else str(x)
     def flat(d): return ', '.join(f'{k}: {num(v)}' for k, v in d.items()) or '-'
     v = rep['verifier']
+    failures = '; '.join(f'{n} times: {why}' for why, n in rep.get('failures', {}).items())
     head = {'attempts': rep['attempts'],
             'accepted': f"{rep['accepted']} ({num(rep['accepted_share'])})",
             'kept': f"{rep['kept']} ({num(rep['kept_share'])})",
             'not accepted': flat(rep['why_not']),
             'left out': flat(rep['dropped']),
+            'failed': rep.get('failed', 0),
+            'most frequent failures': failures or '-',
             'accepted by rounds': flat(rep['rounds']),
             'calls per accepted trajectory': num(rep['calls_per_kept']),
             'seconds, all attempts': num(rep['seconds_of_attempts']),
@@ -590,7 +640,7 @@ async def synthesise(
     questions,             # list of Question
     reasoner,              # Policy that proposes
     verifier,              # Policy that judges; may be the same
-    tools,                 # Tools, used by both
+    tools,                 # Tools, used by both, or a function of the question that gives them
     folder,                # for the queues, sft.parquet, sft_text.parquet, trajectories.jsonl, report.json and report.md
     config=SynthConfig(),  # settings
     concurrency=64,        # attempts under way at a time
@@ -604,9 +654,9 @@ async def synthesise(
         if hasattr(p, 'sampler'):
             raise WebseerError(f'a {type(p).__name__} cannot go on from a stitched conversation: '
                                'serve its checkpoint and use an EndpointPolicy')
-    copy = copies([q.text for q in questions], cfg.near)
+    copy = question_copies(questions, cfg.near)
     fresh = [q for i, q in enumerate(questions) if i not in copy]
-    same = sum(normalise(questions[i].text) == normalise(questions[j].text) for i, (j, _) in copy.items())
+    same = sum(share == 1 for _, share in copy.values())
     dropped = dict(duplicate=same, near_duplicate=len(copy) - same)
     models = dict(reasoner=describe_policy(reasoner), verifier=describe_policy(verifier), tools=describe_tools(tools))
     made = asdict(cfg)

@@ -15,7 +15,8 @@ from .core import WebseerError, fingerprint, to_json, write_text
 from .traj import SOURCES, STOPS, Traj, events
 from .rewards import METRICS, normalise, score_answer
 from .agent import FAULTS
-from .released import CALL_BLOCK, KNOWN, NAMES, REPLY_ROLES, RULES, entries, raw_calls, read_call, read_rollout, text_of, undo_json
+from .released import CALL_BLOCK, KNOWN, NAMES, REPLY_ROLES, RULES, placed_entries, raw_calls, read_call, read_rollout, text_of
+from .released import undo_json
 
 # %% ../nbs/13a_viewer.ipynb #85d29a24
 @dataclass
@@ -68,9 +69,6 @@ def _whole_tokens(ids, mask, logprobs):
         raise TypeError("ids or mask hold something else than whole numbers")
     if not all(isinstance(x, (int, float)) for x in logprobs): raise TypeError("logprobs hold something else than numbers")
 
-
-
-
 # %% ../nbs/13a_viewer.ipynb #77d7813d
 def _arguments(raw, call):
     "The arguments of a published call as JSON text, or as they stand where they are unreadable."
@@ -107,13 +105,13 @@ def _published_faults(r):
 
 def _published(path):
     "The rollouts of a published file."
-    for i, item in enumerate(entries(path)):
-        r = read_rollout(item, str(path), i)
+    for i, (place, item) in enumerate(placed_entries(path)):
+        r = read_rollout(item, str(path), i, place)
         subs = [dict(answer=s, **(score_answer(s, r.golds) if r.golds else {})) for s in r.submissions]
         told = {k: item[k] for k in ("seed", "recall", "final_answer", "success") if k in item}
         t = Traj(r.question, r.golds, messages=[_message(m) for m in undo_json(item["messages"])], submissions=subs,
                  calls=[c.tool for c in r.calls], faults=_published_faults(r), meta=dict(published=told, answer=r.answer))
-        yield Shown(t, r.judged, f"rollout {i}")
+        yield Shown(t, r.judged, place)
 
 def read_run(
     path,  # a run file of this package, or a published file of rollouts
