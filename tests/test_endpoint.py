@@ -14,10 +14,11 @@ from hypothesis import given, settings, strategies as st
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from webseer.agent import INSTRUCTION, SYSTEM, Budget, ContextFull, call_text, first_messages, parse_reply, rollout, rollouts, system_text
+from webseer.agent import CLOSING, INSTRUCTION, SYSTEM, Budget, ContextFull, call_text, first_messages, parse_reply, rollout, rollouts, system_text
 from webseer.core import WebseerError
 from webseer.endpoint import (EndpointPolicy, HistoryChanged, drift, hermes_call, join_calls, native_messages, observation, reply_text, text_messages,
                               verify_tokens)
+from webseer.simulated import Assembled
 from webseer.remote import DeadlineExceeded, Service, Transient, running_app, wait_for
 from webseer.tools import TOOLS
 from webseer.traj import Traj
@@ -130,7 +131,8 @@ def test_seeds_differ_and_repeat():
     ({"content": None, "refusal": "I cannot."}, "I cannot."), ({"content": "half \ud83d"}, "half ?"),
     (called("search", "{}", "a stray <tool_call> tag "), "a stray  tag " + hermes_call("search", {})),
     (called("search", "{}", "<think><tool_call>x</tool_call></think>now "), "<think><tool_call>x</tool_call></think>now " + hermes_call("search", {})),
-    (called("search", '{"q'), hermes_call("search", '{"q')),
+    (called("search", '{"q'), hermes_call("search", '{"q')), (called("search", '{"query": "x \\ud83d"}'), hermes_call("search", {"query": "x ?"})),
+    (called("search", "{}", "<think>I look.\n"), "<think>I look.\n</think>" + hermes_call("search", {})), ({"content": "<think>I look."}, "<think>I look."),
     (called("search", "{}", "see <tool_call>\n{}\n</tool_call>"), "see <tool_call>\n{}\n</tool_call>"),
     ({"content": "a", "reasoning": "b"}, "a")])
 def test_reply_text(message, want): assert reply_text(message) == want
@@ -323,6 +325,14 @@ def test_irregular_turns_reach_the_loop_and_are_counted(message, fault):
     assert t.stop == "submitted" and t.faults == {fault: 1} and len(tools.calls) == (fault == "double_encoded")
 
 
+@pytest.mark.parametrize("args,content", [('{"query": "x \\ud83d"}', None), ('{"query": "x"}', "<think>I should look.\n"),
+                                          ('{"query": "x"}', " <think>or <tool_call>{}</tool_call>")])
+def test_a_real_call_is_carried_out_whatever_stands_beside_it(args, content):
+    s, tools = Server(called("search", args, content), called("submit_answer", '{"answer": "Ada"}')), Count()
+    with served(s) as url: t = asyncio.run(rollout(EndpointPolicy(url, "m", api_key_env=None), tools, question()))
+    assert t.stop == "submitted" and t.faults == {} and [n for n, _ in tools.calls] == ["search"]
+
+
 def test_calls_in_the_text_beside_native_calls_are_made_once():
     s, tools = Server(called("search", '{"query": "x"}', call_text("search", query="x")), called("submit_answer", '{"answer": "Ada"}')), Count()
     with served(s) as url: t = asyncio.run(rollout(EndpointPolicy(url, "m", api_key_env=None), tools, question()))
@@ -367,7 +377,7 @@ def test_auto_stays_native_where_it_works():
 def test_a_full_context_is_recognised(status, error):
     s = Server((status, {}, {"error": error}))
     with pytest.raises(ContextFull): act(s)
-    assert len(s.bodies) == 1                                                         # waiting would not help
+    assert len(s.bodies) == 1 + ("40" not in str(error))                              # waiting would not help, a shorter turn might where no room is told
     s = Server((200, {}, {"error": {"code": status} | error if isinstance(error, dict) else error}))
     with pytest.raises(ContextFull): act(s, attempts=1)
 
@@ -388,6 +398,72 @@ def test_an_answer_without_room_is_a_full_context():
             await p.act(traj())
     models = (200, {}, {"data": [{"id": "m", "max_model_len": 4050}]})
     with served(Server(models, cut("long " * 50, 50))) as url, pytest.raises(ContextFull): asyncio.run(go(url))
+
+
+FITS = "'max_tokens' or 'max_completion_tokens' is too large: {n}. This model's maximum context length is 4096 tokens and your request has {p} input tokens"
+REFUSALS = {FITS: True, "This model's maximum context length is 4096 tokens. However, you requested {n} tokens ({p} in the messages, {n} in the completion)": True,
+            "The decoder prompt (length {p}) is longer than the maximum model length of 4096": True, "context_length_exceeded": False}
+
+
+def tight(prompt, said=FITS, answer=None):
+    "vLLM's rule: prompt and longest turn must fit together."
+    def reply(body):
+        n = body.get("max_completion_tokens") or body["max_tokens"]
+        if prompt + n > 4096: return 400, {}, {"error": {"message": said.format(n=n, p=prompt)}}
+        return answer or called("submit_answer", '{"answer": "Ada"}')
+    return Server(reply)
+
+
+@pytest.mark.parametrize("said", REFUSALS)
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_turn_is_shortened_to_the_room_there_is(said, field):
+    s = tight(3000, said)
+    k = {field: 2000} if field == "max_tokens" else dict(max_tokens=None, extra={field: 2000})
+    assert parse_reply(act(s, **k).content).calls
+    assert [b[field] for b in s.bodies] == ([2000, 1096] if REFUSALS[said] else [2000, 1000])
+    for prompt, asked in ((3600, 1 if REFUSALS[said] else 3), (5000, 1 if REFUSALS[said] else 3)):
+        s = tight(prompt, said)
+        with pytest.raises(ContextFull): act(s, **k)
+        assert len(s.bodies) == asked                                                 # 2000, 1000, 512 where the server does not say
+    told = traj()
+    told.messages.append(dict(role="user", content=CLOSING))                          # a submission needs little
+    s = tight(3900, said)
+    assert act(s, told, **k).content and s.bodies[-1][field] == (196 if REFUSALS[said] else 125)
+
+
+def test_wrong_numbers_in_a_refusal_do_not_ask_for_ever():
+    def server(body): return 400, {}, {"error": {"message": FITS.format(n=0, p=4097 - body["max_tokens"])}}      # always room for one less
+    s = Server(server)
+    with pytest.raises(ContextFull): act(s, max_tokens=3000)
+    assert [b["max_tokens"] for b in s.bodies] == [3000, 2999, 1499, 749, 512]
+    s = tight(3000, answer=cut("long " * 50, 1096, 3000))
+    with pytest.raises(ContextFull, match="3000 tokens"): act(s, max_tokens=2000)     # cut off by the lowered limit
+    assert act(tight(3000, answer=cut("long " * 50, 900, 3000)), max_tokens=900).usage["finish"] == "length"
+
+
+def test_no_more_is_asked_for_than_the_known_context_holds():
+    p = EndpointPolicy("http://127.0.0.1:1", "m", api_key_env=None, max_tokens=2000)
+    t = traj(turns=[dict(prompt_tokens=3000)])
+    assert p.request(t)["max_tokens"] == 2000
+    p.context = 4096
+    assert p.request(t)["max_tokens"] == 1096 and p.request(traj())["max_tokens"] == 2000
+    assert p.request(traj(turns=[dict(prompt_tokens=4000)]))["max_tokens"] == 512
+    assert p.request(traj(turns=[dict(prompt_tokens=None)]))["max_tokens"] == 2000 and p.settings["max_tokens"] == 2000
+
+
+def test_a_rollout_submits_although_the_longest_turn_no_longer_fits():
+    "Characters / 4 stand for tokens."
+    def server(body):
+        n = sum(len(json.dumps(m)) for m in body["messages"]) // 4
+        if n + body["max_tokens"] > 4096: return 400, {}, {"error": {"message": FITS.format(n=body["max_tokens"], p=n)}}
+        told = any(str(m.get("content")).endswith(CLOSING) for m in body["messages"])
+        m = called("submit_answer", '{"answer": "Ada"}') if told else called("search", '{"query": "x"}', "think " * 300)
+        return 200, {}, full(m) | {"usage": {"prompt_tokens": n, "completion_tokens": 450}}
+    s = Server(server)
+    with served(s) as url:
+        t = asyncio.run(rollout(EndpointPolicy(url, "m", api_key_env=None, max_tokens=1000), Count("word " * 40), question(),
+                                Budget(max_tokens=4096, reserve=512)))
+    assert t.stop == "submitted" and len(t.calls) >= 6
 
 
 def test_the_loop_shortens_and_asks_again():
@@ -413,7 +489,39 @@ def test_usage_and_cost():
     assert a.usage == dict(prompt_tokens=1000, completion_tokens=10, cached_tokens=900, cost=pytest.approx(0.00102), finish="stop")
     assert total == dict(requests=2, retries=0, prompt_tokens=2000, completion_tokens=20, cached_tokens=1800, cost=pytest.approx(0.00204))
     odd = (200, {}, {"choices": [{"message": {"content": "x"}, "finish_reason": 3}], "usage": {"prompt_tokens": "many", "completion_tokens": -1}})
-    assert {k: v for k, v in act(Server(odd)).usage.items() if k != "seconds"} == dict(prompt_tokens=0, completion_tokens=0, finish=None)
+    assert {k: v for k, v in act(Server(odd)).usage.items() if k != "seconds"} == dict(prompt_tokens=None, completion_tokens=None, finish=None)
+
+
+def test_unknown_usage_is_unknown_everywhere(tmp_path):
+    from webseer.batch import summarise, summary_table
+    from webseer.synth import _use
+    from webseer.trace import outcome
+    from webseer.viewer import view
+    from webseer.traj import save_trajs
+    def run(usage, budget=Budget(), **k):
+        answer = full(called("submit_answer", '{"answer": "Ada"}'))
+        s = Server((200, {}, full(called("search", '{"query": "x"}')) | {"usage": usage}), (200, {}, answer | {"usage": usage}))
+        async def go(url):
+            async with EndpointPolicy(url, "m", api_key_env=None, price=(1.0, 2.0)) as p: return await rollout(p, Count(), question(), budget), p.usage
+        with served(s) as url: return asyncio.run(go(url))
+    t, total = run(None, Budget(max_tokens=1))                                       # unknown: not 0, and no reason to stop
+    assert t.stop == "submitted" and [(u["prompt_tokens"], u["completion_tokens"], u["cost"]) for u in t.turns] == [(None, None, None)] * 2
+    assert (total["prompt_tokens"], total["cost"], total["requests"]) == (0, 0, 2)
+    got = summarise([(t.to_dict(), 1.0)])
+    assert got["prompt_tokens"] is got["completion_tokens"] is got["cost"] is None and "not known" in summary_table(got)
+    assert "tokens" not in outcome(t) and "cost" not in outcome(t)
+    rec = dict(use={})
+    _use(rec, "reasoner", t)
+    assert rec["use"]["reasoner"]["prompt_tokens"] is rec["use"]["reasoner"]["cost"] is None
+    save_trajs(tmp_path/"t.jsonl", [t])
+    view([tmp_path/"t.jsonl"], tmp_path/"t.html")
+    t, _ = run({"prompt_tokens": 10.0, "completion_tokens": 5.0})
+    assert [(u["prompt_tokens"], u["completion_tokens"], u["cost"]) for u in t.turns] == [(10, 5, 2e-5)] * 2 and "30 tokens" in outcome(t)
+    assert all(type(u["prompt_tokens"]) is int for u in t.turns)
+    assert run({"prompt_tokens": 10.0}, Budget(max_tokens=10))[0].stop == "max_tokens"
+    t, _ = run({"prompt_tokens": 10.5, "completion_tokens": 5})
+    assert (t.turns[0]["prompt_tokens"], t.turns[0]["completion_tokens"], t.turns[0]["cost"]) == (None, 5, None)
+    assert act(Server((200, {}, {"choices": [{"message": {"content": "Let me"}, "finish_reason": "length"}]}))).usage["prompt_tokens"] is None
 
 
 def test_hundreds_of_turns_at_once():
@@ -548,7 +656,7 @@ def test_pieces_of_a_turn_that_fails_are_withdrawn():
     with pytest.raises(ContextFull):
         act(Server(streamed(full({"content": "Let me"}, "length"))), **ends)
     assert shown[-1] is None and shown.pop() is None
-    with pytest.raises(ContextFull): act(Server(streamed(full({"content": "Let me see"}), stop=3, end=b'data: {"error": {"message": "context size exceeded"}}\n\n')), **ends)
+    with pytest.raises(ContextFull): act(Server(streamed(full({"content": "Let me see"}), stop=3, end=b'data: {"error": {"message": "context size exceeded"}}\n\n')), **ends, max_tokens=512)
     assert shown[-1] is None
     async def slow(): yield b"".join(events(full({"content": "Let me see"}), random.Random(1))[:3]); await asyncio.sleep(1)
     with pytest.raises(DeadlineExceeded): act(Server(StreamingResponse(slow(), media_type="text/event-stream")), **ends | dict(deadline=0.3))
@@ -567,6 +675,66 @@ def test_any_stream_is_an_answer_or_one_of_our_errors(parts):
 
 
 FUZZ = {}
+
+
+def chunk(delta=None, **more): return {"choices": [{"index": 0, "delta": delta or {}, **more}]}
+def sse(*chunks): return Response("".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + "data: [DONE]\n\n", media_type="text/event-stream")
+
+
+@pytest.mark.parametrize("contents,text", [
+    ([[{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}], "Answer"], "Answer"), ([[{"type": "text", "text": "a "}], [{"text": "b"}]], "a b"),
+    (["", [{"type": "text", "text": "x"}], "y", 7, {}, None], "xy"), ([7, {}, "x"], "x"), ([[None, 3, {"text": 5}]], "")])
+def test_a_streamed_content_in_parts_is_joined(contents, text):
+    shown = []
+    r = act(Server(sse(*(chunk({"content": c}) for c in contents), chunk(finish_reason="stop"))), stream=True, on_text=lambda t, piece: shown.append(piece))
+    assert r.content == text == "".join(shown)
+
+
+def test_odd_pieces_of_a_stream_are_left_out():
+    call = called("search", '{"query": "x"}')["tool_calls"]
+    first = chunk({"content": None, "function_call": None, "tool_calls": None}, logprobs=[], token_ids=4)
+    last = chunk({"tool_calls": call, "function_call": "x"}, logprobs={"content": []}, token_ids=[5], finish_reason="stop")
+    assert act(Server(sse(first, last)), stream=True).content == hermes_call("search", {"query": "x"})
+    with pytest.raises(Transient, match="oops"):
+        act(Server(Response(b'data: {"error": {"message": "oops \\ud83d", "n": NaN}}\n\n', media_type="text/event-stream")), stream=True, attempts=1)
+
+
+def test_parallel_calls_under_one_index():
+    def piece(args, i=None, name=None, index=0): return chunk({"tool_calls": [{"index": index} | ({"id": i} if i else {}) | {"function": {"name": name, "arguments": args}}]})
+    def calls(*chunks): return parse_reply(act(Server(sse(*chunks, chunk(finish_reason="tool_calls"))), stream=True).content).calls
+    two = [("search", {"query": "a"}), ("search", {"query": "b"})]
+    assert calls(piece('{"query": "a"}', "f1", "search"), piece('{"query": "b"}', "f2", "search")) == two                      # Gemini
+    assert calls(piece('{"query":', "f1", "search"), piece(' "a"}'), piece('{"que', "f2", "search"), piece('ry": "b"}')) == two
+    assert calls(piece('{"query":', "f1", "search"), piece(' "a"}', "other id")) == two[:1]                                   # ids that change within a call
+    assert calls(piece('{"query":', "f1", "search"), piece(' "a"}', "f1", "search")) == two[:1]
+    assert calls(piece('{"query": "a"}', "f1", "search"), piece('{"query": "b"}', "f2", "search", 1)) == two
+    assert calls(piece('{"query":', "f1", "search", None), piece(' "a"}', index=None), piece('{"query": "b"}', "f2", "search", None)) == two
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-2, 10**30) | st.floats() | st.text(max_size=4) | st.just("a \ud83d"), lambda x: st.lists(x, max_size=3) | st.dictionaries(
+    st.sampled_from(["text", "content", "name", "arguments", "function", "id", "index", "type", "token", "logprob", "prompt_tokens", "cached_tokens"]), x, max_size=4), max_leaves=8)
+def some(fields): return st.fixed_dictionaries({}, optional={f: JSON | v for f, v in fields.items()})
+CALLS = st.lists(some(dict(index=st.integers(0, 2), id=st.sampled_from("ab"), type=st.just("function"), function=some(dict(name=st.just("search"), arguments=st.just("{}"))))), max_size=3)
+DELTA = some(dict(content=st.just("x"), reasoning=st.just("y"), role=st.just("assistant"), tool_calls=CALLS, function_call=some(dict(name=st.just("f"), arguments=st.just("{}")))))
+ROWS = st.lists(some(dict(token=st.just("x"), logprob=st.just(-0.5))), max_size=2)
+CHOICE = some(dict(index=st.integers(0, 1), delta=DELTA, message=DELTA, logprobs=some(dict(content=ROWS)), token_ids=st.lists(st.integers(0, 9), max_size=2),
+                   finish_reason=st.sampled_from(["stop", "length", "tool_calls"]), stop_reason=JSON))
+CHUNK = some(dict(choices=st.lists(CHOICE, max_size=2), usage=some(dict(prompt_tokens=st.just(1.0), completion_tokens=st.just(2))), prompt_token_ids=st.just([1, 2])))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(CHUNK, max_size=4), st.booleans())
+def test_any_pieces_make_an_answer_or_one_of_our_errors(chunks, token_ids):
+    a = Assembled()
+    for c in chunks:
+        for field, text in a.add(c): assert isinstance(field, str) and isinstance(text, str)
+    p = EndpointPolicy("http://127.0.0.1:1", "m", api_key_env=None, token_ids=token_ids, price=(1.0, 1.0))
+    assert a.finished in (True, False)
+    try: reply, _ = p._read(traj(), {"max_tokens": 4}, a.whole())
+    except WebseerError: return
+    reply.content.encode()
+    parse_reply(reply.content)
+    assert all(reply.usage[f] is None or type(reply.usage[f]) is int for f in ("prompt_tokens", "completion_tokens"))
 
 
 # tokens
@@ -793,3 +961,6 @@ def test_describe_tells_no_secret(monkeypatch):
     p = EndpointPolicy("https://models.example.org", "m", max_tokens=5)
     assert p.describe() == dict(policy="endpoint", model="m", seed=0, native_tools=True, reasoning=False, temperature=0.7, max_tokens=5)
     assert "test-key-123" not in repr(vars(p)) + repr(vars(p.chat)) + json.dumps(p.describe())
+    assert EndpointPolicy("https://models.example.org", "m", max_tokens=5, token_ids=True).describe() == p.describe() | {"token_ids": True}
+    with pytest.raises(WebseerError, match=r"api_key_env=None of a policy, --key-env ''"): EndpointPolicy("http://10.0.0.5:8000", "m")
+    EndpointPolicy("http://10.0.0.5:8000", "m", api_key_env=""), EndpointPolicy("http://10.0.0.5:8000", "m", api_key_env=None)

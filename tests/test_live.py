@@ -341,7 +341,8 @@ def test_jina_works_without_a_key(at, monkeypatch):
 
 
 def test_keys_are_guarded(monkeypatch):
-    with pytest.raises(WebseerError, match="unprotected"): Serper("http://serper.example")
+    with pytest.raises(WebseerError, match="unprotected.*use an https address$"): Serper("http://serper.example")
+    with pytest.raises(WebseerError, match=r"use an https address, or send no key \(unset it\)$"): Jina("http://10.0.0.5")
     monkeypatch.setenv("SERPER_API_KEY", "abc\x07déf")
     with pytest.raises(WebseerError, match="character that no key has") as e: Serper()
     assert "abc" not in str(e.value)

@@ -410,12 +410,18 @@ def test_arguments_encoded_twice_are_read():
     t = play('<tool_call>{"name": "search", "arguments": "{\\"query\\": \\"a \\\\\\"b\\\\\\"\\"}"}</tool_call>', DONE, tools=tools, budget=LAST)
     assert tools.ran == [("search", {"query": 'a "b"'})] and t.faults == {"double_encoded": 1}
 
-@pytest.mark.parametrize("args,said", [(dict(q="x"), "search needs the argument query."), (dict(query=3), "search needs the argument query."), ({}, "search needs the argument query."),
+@pytest.mark.parametrize("args,said", [(dict(q="x"), "search needs the argument query."), (dict(query=3), "search takes text as the argument query: write it in quotes."), ({}, "search needs the argument query."),
                                        (dict(query="x", k="5"), "search has no argument k.")])
 def test_wrong_argument_names_are_told(args, said):
     tools = Recorder()
     t = play(call_text("search", **args), DONE, tools=tools, budget=LAST)
     assert tools.ran == [] and t.faults == {"wrong_arguments": 1} and t.messages[3]["content"] == said
+
+@pytest.mark.parametrize("answer", [1990, None, ["Ada"], True])
+def test_an_answer_that_is_no_text_is_told_so(answer):
+    t = play(call_text("submit_answer", answer=answer), DONE, budget=LAST)
+    assert t.faults == {"wrong_arguments": 1} and t.messages[3]["content"] == "submit_answer takes text as the argument answer: write it in quotes."
+    assert t.stop == "submitted" and len(t.submissions) == 1
 
 def test_an_unknown_tool_is_told_what_there_is():
     t = play(call_text("browse", url="x"), call_text("__class__"), call_text("aclose"), call_text("", x="y"), DONE, budget=LAST)
@@ -602,6 +608,15 @@ def test_tokens_without_reserve():
     tools = Recorder()
     t = play(*searches(9), tools=tools, budget=Budget(max_tokens=300), policy=lambda s: Talker(s, lambda i: 100 * (i + 1)))
     assert t.stop == "max_tokens" and len(tools.ran) == 3 and t.turns[0] == dict(prompt_tokens=95, completion_tokens=5)
+
+def test_an_unknown_length_stops_nothing():
+    class Silent(Talker):
+        async def act(self, traj):
+            reply = await super().act(traj)
+            reply.usage = dict(prompt_tokens=None, completion_tokens=5)
+            return reply
+    t = play(*searches(3), DONE, budget=Budget(max_tokens=3, reserve=1), policy=lambda s: Silent(s, lambda i: 100))
+    assert t.stop == "submitted" and len(t.calls) == 4
 
 def test_the_model_is_told_once_that_the_context_is_nearly_full():
     tools = Recorder()

@@ -94,7 +94,7 @@ def test_chat_takes_every_way_to_say_nothing(llm, message, text, refused):
     s, url = llm
     s.then(200, {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": "length"}], "usage": None})
     got, usage = asyncio.run(Chat(url, "m").ask(HELLO))
-    assert got == text and usage["refused"] == refused and usage["finish"] == "length" and usage["prompt_tokens"] == 0
+    assert got == text and usage["refused"] == refused and usage["finish"] == "length" and usage["prompt_tokens"] is None
     assert reply_text(message) == text
 
 

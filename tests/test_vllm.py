@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -103,9 +104,11 @@ def test_log_probabilities_agree(server, ours):
 
 def test_context_overflow_ends_one_rollout(server, ours):
     jobs, _, _, _ = ours
-    p = policy(server, max_tokens=2000)                 # more than the model has room for
-    t, = run_sync(rollouts(p, jobs[:1], Budget()))
-    assert t.stop == "max_tokens" and len(t.messages) == 2 and "max_model_len" in t.meta["error"]
+    (tools, q), p = jobs[0], policy(server)
+    t, = run_sync(rollouts(p, [(tools, replace(q, text="Who is it? " * 5000))], Budget()))      # more than the model has room for
+    assert t.stop == "max_tokens" and len(t.messages) == 2 and "400" in t.meta["error"]
+    t, = run_sync(rollouts(policy(server, max_tokens=2000), jobs[:1], Budget()))                # only the longest turn is too long
+    assert len(t.messages) > 2
 
 
 def test_wrong_model_name_says_which_it_has(server):

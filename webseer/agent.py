@@ -297,7 +297,8 @@ class _Run:
 def _context(t, reply):
     "Tokens of the conversation up to this reply, if they are known."
     if reply.ids is not None: return len(t.ids)
-    return sum(reply.usage.get(k) or 0 for k in ('prompt_tokens', 'completion_tokens')) if reply.usage else None
+    n = (reply.usage or {}).get('prompt_tokens')
+    return None if n is None else n + (reply.usage.get('completion_tokens') or 0)
 
 def _shorten(t):
     "Halve the results that the policy has not yet taken in; False when nothing is left to cut."

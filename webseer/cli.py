@@ -89,7 +89,9 @@ def _endpoint(base_url, model, key_env, temperature, context=None, **more):
     model = model or run_sync(only())
     run_sync(check(probe := EndpointPolicy(base_url, model, api_key_env=key_env)))
     room = min(c for c in (context, probe.context, 1_000_000) if c) if context or probe.context else 32768
-    return EndpointPolicy(base_url, model, temperature, min(4096, room // 8), api_key_env=key_env, native_tools="auto", **more), room
+    policy = EndpointPolicy(base_url, model, temperature, min(4096, room // 8), api_key_env=key_env, native_tools="auto", **more)
+    policy.context = probe.context                                               # never to be asked for more than fits
+    return policy, room
 
 def _tools(profile, backend, python, world):
     "Tools over a backend, or over a test world of the mini-web, and the sandbox if Python is wanted."
@@ -113,9 +115,10 @@ def _only_with_url(base_url, **options):
         raise WebseerError(f"--{given[0].replace('_', '-')} is about the model of a server: say which with --base-url")
 
 def _budget(profile, context, seconds):
+    "Limits of a rollout; what is kept for the last answer exceeds a turn and a result."
     from webseer.agent import Budget
     if context is None: return Budget(max_calls=profile.max_calls, max_tokens=profile.max_tokens, seconds=seconds)   # the embedded model
-    return Budget(max_calls=profile.max_calls, max_tokens=context, reserve=min(2048, context // 4), seconds=seconds)
+    return Budget(max_calls=profile.max_calls, max_tokens=context, reserve=min(6144, context // 4), seconds=seconds)
 
 # %% ../nbs/15_cli.ipynb #b674c900
 STAGES = ("untrained", "sft", "single", "srrl")

@@ -11,11 +11,9 @@ import json, logging, math, re, time
 from itertools import groupby
 from typing import NamedTuple
 
-import orjson
-
-from .agent import ContextFull, Reply, parse_reply
+from .agent import CLOSING, ContextFull, Reply, parse_reply
 from .core import WebseerError, keyed_rng
-from .live import readable
+from .live import read_json, readable
 from .remote import DeadlineExceeded, Transient, wait_for
 from .simulated import Chat, NoTools, TooLong, has_models, message_text, told_usage
 from .tools import TOOLS
@@ -80,7 +78,7 @@ def hermes_call(
 def _arguments(text):
     if not isinstance(text, str): return {} if text is None else text
     if not text.strip(): return {}                             # how some servers write a call without arguments
-    try: return orjson.loads(text)
+    try: return read_json(text.encode("utf-8", "replace"))
     except ValueError: return text                             # the loop will tell the model that this is no JSON
 
 _TAG = re.compile(r"</?tool_call>")
@@ -133,6 +131,7 @@ def reply_text(
     content = message_text(message) or (refusal if isinstance(refusal, str) else "")
     calls = [_named(c) for c in rows] if isinstance(rows, list) else []
     if not calls and isinstance(legacy, dict): calls = [_named({"function": legacy})]
+    if calls and content.lstrip().startswith("<think>") and "</think>" not in content: content += "</think>"    # it would swallow the calls
     text, thought = join_calls(content, calls), thoughts_of(message) if reasoning else ""
     return readable(f"<think>\n{thought.strip()}\n</think>\n{text}" if thought else text)
 
@@ -203,6 +202,20 @@ def _room_for(connections):
                            "lower it, or raise the limit (ulimit -n)")
     resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
+_LEAST, _LAST = 512, 64     # tokens that a turn is lowered to, and one in which the model was told to submit
+_HOLDS = re.compile(r"(?:context (?:length|size|window)|model length|max_model_len)(?: is| of|=)? ?\(?(\d{1,12})\b", re.I)
+_FED = re.compile(r"\b(\d{1,12}) (?:input tokens|in the messages|tokens from the input)"
+                  r"|(?:input|request|prompt) \((?:length )?(\d{1,12})\b", re.I)
+
+def _left(refusal):
+    "How many tokens a refused prompt leaves; None if the server does not say."
+    holds, fed = _HOLDS.search(refusal), _FED.search(refusal)
+    return int(holds[1]) - int(fed[1] or fed[2]) if holds and fed else None
+
+def _limits(body): return {f: body[f] for f in ("max_completion_tokens", "max_tokens") if isinstance(body.get(f), int) and body[f]}
+def _limit(body): return next(iter(_limits(body).values()), None)
+def _lower(body, n): body |= {f: min(n, most) for f, most in _limits(body).items()}
+
 class EndpointPolicy:
     "A policy that asks an OpenAI-compatible server."
     passing = (DeadlineExceeded, Transient, ContextFull, HistoryChanged)  # these end one rollout, not all of them
@@ -256,17 +269,28 @@ class EndpointPolicy:
             body["seed"] = keyed_rng("endpoint", self.seed, traj.qid, traj.question, traj.seed, len(traj.messages)).getrandbits(31)
         if self.token_ids: body |= {"return_token_ids": True, "logprobs": True}
         if self.stream: body |= {"stream": True, "stream_options": {"include_usage": True}}
-        return body | self.settings
+        body |= self.settings
+        if self.context and (fed := traj.turns and traj.turns[-1].get("prompt_tokens")): _lower(body, max(_LEAST, self.context - fed))
+        return body
 
     async def act(
         self,
         traj,  # the trajectory so far
     ) -> Reply:  # the model's turn
         "Ask the model for its next turn."
-        t0, native, body, got = time.monotonic(), self.native, self.request(traj), []
-        def check(answer): got[:] = self._read(traj, body, answer)
-        try: await self.chat.complete(body, check, self._piece(traj))
-        except TooLong as e: raise ContextFull(str(e)) from None
+        t0, native, body, got, lowered = time.monotonic(), self.native, self.request(traj), [], False
+        def check(answer): got[:] = self._read(traj, body, answer, lowered)
+        try:
+            while True:
+                try:
+                    await self.chat.complete(body, check, self._piece(traj))
+                    break
+                except TooLong as e:
+                    n, left = _limit(body) or 0, _left(str(e))
+                    least = _LAST if (traj.messages[-1].get("content") or "").endswith(CLOSING) else _LEAST
+                    if n <= least or left is not None and left < least: raise ContextFull(str(e)) from None
+                    _lower(body, left if left and left < n and not lowered else max(least, n // 2))     # its numbers are believed once
+                    lowered = True
         except NoTools as e:
             if not native: raise
             if self.native_tools != "auto" or self._settled:
@@ -289,7 +313,7 @@ class EndpointPolicy:
             elif field is None and shown: shown.clear(); self.on_text(traj, None)
         return piece if self.on_text else None
 
-    def _read(self, traj, body, answer):
+    def _read(self, traj, body, answer, lowered=False):
         "(the reply, what the next prompt is compared with) of a chat completion, or an error."
         choices = answer.get("choices") if isinstance(answer, dict) else None
         choice = choices[0] if isinstance(choices, list) and choices else None
@@ -299,20 +323,20 @@ class EndpointPolicy:
             raise kind(f"{self.base_url}: answered without a message; is this an OpenAI-compatible server?")
         content, finish = reply_text(message, self.reasoning), choice.get("finish_reason")
         usage = told_usage(answer, self.chat.price) | dict(finish=finish if isinstance(finish, str) else None)
-        if finish == "length": self._room(body, message, content, usage)
+        if finish == "length": self._room(body, message, content, usage, lowered)
         if not self.token_ids: return Reply(content, usage=usage), None
         tokens, past, drift = self._tokens(traj, body, answer, choice, content)
         if drift: usage["drift"] = drift
         return Reply(content, usage=usage, **tokens), past
 
-    def _room(self, body, message, content, usage):
-        "Raise `ContextFull` if a turn was cut off by the context and not by `max_tokens`."
-        used, limit = usage["completion_tokens"], body.get("max_completion_tokens") or body.get("max_tokens")
+    def _room(self, body, message, content, usage, lowered):
+        "Raise `ContextFull` if a turn was cut off by the context (or a limit lowered for its sake) and not by `max_tokens`."
+        fed, used, limit = usage["prompt_tokens"], usage["completion_tokens"] or 0, _limit(body)
         silent = not content.strip() and not thoughts_of(message)
-        full = self.context and usage["prompt_tokens"] + used >= self.context
+        full = lowered or self.context and fed and fed + used >= self.context
         if not (full or used and limit and used < min(limit, 16) or silent and used <= 1): return
         if parse_reply(content).calls: return                       # it had said all it wanted to say
-        raise ContextFull(f"{self.base_url}: the context is full: the prompt has {usage['prompt_tokens'] or 'too many'} tokens, "
+        raise ContextFull(f"{self.base_url}: the context is full: the prompt has {fed or 'too many'} tokens, "
                           f"and there was room for {used} more")
 
     def _tokens(self, traj, body, answer, choice, content):
@@ -320,8 +344,10 @@ class EndpointPolicy:
         said, prompt = choice.get("token_ids"), answer.get("prompt_token_ids")
         if not all(isinstance(x, list) and all(isinstance(i, int) for i in x) for x in (said, prompt)):
             raise WebseerError(f"{self.base_url}: returned no token ids; only vLLM is known to (return_token_ids), or use token_ids=False")
-        rows = (choice.get("logprobs") or {}).get("content") or []
-        lps = [float(t["logprob"]) for t in rows if isinstance(t, dict) and isinstance(t.get("logprob"), (int, float))]
+        rows = choice["logprobs"].get("content") if isinstance(choice.get("logprobs"), dict) else None
+        number = lambda x: isinstance(x, float) or isinstance(x, int) and abs(x) < 1e30
+        rows = [t for t in rows if isinstance(t, dict) and number(t.get("logprob"))] if isinstance(rows, list) else []
+        lps = [float(t["logprob"]) for t in rows]
         if len(lps) != len(said):
             raise WebseerError(f"{self.base_url}: {len(lps)} log-probabilities for {len(said)} tokens; start the server so that it returns them, "
                                "or use token_ids=False")
@@ -351,7 +377,7 @@ class EndpointPolicy:
 
     def _learn(self, body, choice, said, rows):
         "Note which token ends a turn, and how it is written."
-        finish, limit = choice.get("finish_reason"), body.get("max_completion_tokens") or body.get("max_tokens")
+        finish, limit = choice.get("finish_reason"), _limit(body)
         whole = finish == "stop" or finish in ("tool_calls", "function_call") and not (limit and len(said) >= limit)
         text = rows[-1].get("token") if rows else None
         if said and whole and not isinstance(choice.get("stop_reason"), str) and text != "</tool_call>":
@@ -375,8 +401,9 @@ class EndpointPolicy:
         return wait_for(self.chat.detokenize(ids))
 
     def describe(self) -> dict:  # JSON-able, without address and key
-        "What the turns depend on."
-        return dict(policy="endpoint", model=self.model, seed=self.seed, native_tools=self.native_tools, reasoning=self.reasoning, **self.settings)
+        "What the turns depend on, and whether they have token ids: a run resumed with other ones would be half without."
+        return dict(policy="endpoint", model=self.model, seed=self.seed, native_tools=self.native_tools, reasoning=self.reasoning,
+                    **self.settings, **({"token_ids": True} if self.token_ids else {}))
 
     async def aclose(self):
         "Close the connections of this event loop."
@@ -416,6 +443,7 @@ def _says(text, message):
     plain = lambda x: x.replace("\\ufffd", "").replace("\ufffd", "")                     # of half a character servers make what they like
     calls = [(plain(c["function"]["name"]), _arguments(plain(c["function"]["arguments"]))) for c in message.get("tool_calls") or []]
     text, content = plain(text), plain(message.get("content") or "")
+    if calls and "</think>" in content and "</think>" not in text: text = text.replace("<tool_call>", "</think><tool_call>", 1)
     if "</think>" in text and "</think>" not in content: text, content = text.rpartition("</think>")[2].lstrip(), content.lstrip()
     if calls and "<tool_call>" not in text: return all(name in text for name, _ in calls)
     if not calls: return text.rstrip() == content.rstrip()

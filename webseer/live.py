@@ -77,6 +77,7 @@ def from_env(
     owner: str,  # who needs it
     base_url: str,  # where it would be sent
     optional: bool = False,  # '' instead of an error if it is not set
+    none: str = "",  # how to send no key, for the message
 ) -> str:  # the key
     "Read a key from the environment, and refuse to send it unprotected."
     check_address(base_url)
@@ -84,7 +85,8 @@ def from_env(
     if not key and not optional: raise WebseerError(f"{owner} needs a key: set the environment variable {variable}; {FREE}")
     if not (key.isascii() and key.isprintable()): raise WebseerError(f"{variable} holds a character that no key has; set it again")
     if key and urlsplit(base_url).scheme == "http" and not is_loopback(base_url):
-        raise WebseerError(f"{owner}: {variable} would travel unprotected to {base_url}; use an https address")
+        raise WebseerError(f"{owner}: {variable} would travel unprotected to {base_url}; use an https address"
+                           + (f", or send no key ({none})" if none else ""))
     return key
 
 # %% ../nbs/02f_live.ipynb #c2137dcc
@@ -455,7 +457,7 @@ class Jina(FetchOnly):
         fresh: bool = False,  # bypass the reader's own cache
         **limits,  # timeout, deadline, attempts, concurrency, rate of `Service`
     ):
-        key = from_env("JINA_API_KEY", self.name, base_url, optional=True)
+        key = from_env("JINA_API_KEY", self.name, base_url, optional=True, none="unset it")
         self.allow, self.fresh = tuple(allow), fresh
         headers = ({"authorization": f"Bearer {key}"} if key else {}) | ({"x-no-cache": "true"} if fresh else {})
         hints = {401: "JINA_API_KEY is wrong; without one the reader is free and slower", 402: "the balance of JINA_API_KEY is spent",

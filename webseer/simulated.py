@@ -77,15 +77,16 @@ def _cleaned(x):
 def told_usage(
     answer: dict,  # a chat completion
     price: tuple[float, float] | None = None,  # money for a million prompt tokens and a million written ones
-) -> dict:  # prompt_tokens, completion_tokens (0 if untold); cached_tokens where told; cost where there is a price
+) -> dict:  # prompt_tokens, completion_tokens (None if untold); cached_tokens where told; cost where there is a price (None if unknown)
     "What a chat completion says it used."
     told = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
-    known = lambda n: n if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1e12 else None
-    usage = {f: known(told.get(f)) or 0 for f in ("prompt_tokens", "completion_tokens")}
+    known = lambda n: int(n) if isinstance(n, (int, float)) and not isinstance(n, bool) and 0 <= n < 1e12 and n == int(n) else None
+    usage = {f: known(told.get(f)) for f in ("prompt_tokens", "completion_tokens")}
     details = told.get("prompt_tokens_details")
     cached = known(details.get("cached_tokens") if isinstance(details, dict) else told.get("prompt_cache_hit_tokens"))       # OpenAI, vLLM; DeepSeek
     if cached is not None: usage["cached_tokens"] = cached
-    if price: usage["cost"] = (usage["prompt_tokens"] * price[0] + usage["completion_tokens"] * price[1]) / 1e6
+    read, written = usage["prompt_tokens"], usage["completion_tokens"]
+    if price: usage["cost"] = None if read is None or written is None else (read * price[0] + written * price[1]) / 1e6
     return usage
 
 # %% ../nbs/02g_simulated.ipynb #37cd5c69
@@ -108,6 +109,8 @@ async def sse_data(
 
 def _dicts(rows): return [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
 
+def _text(x): return x if isinstance(x, str) else ""
+
 def _grow(old, piece):
     "A text of a call and its next piece; some servers send the name again with every piece."
     return piece if not old or piece == old else old + piece
@@ -127,44 +130,45 @@ class Assembled:
             i = c["index"] if isinstance(c.get("index"), int) else 0
             mine = self._choices.setdefault(i, dict(index=i, message=dict(role="assistant", content=None), finish_reason=None))
             delta = c.get("delta") if isinstance(c.get("delta"), dict) else c.get("message") if isinstance(c.get("message"), dict) else {}
+            message = mine["message"]
             for field, v in delta.items():
-                if field == "tool_calls": self._calls(mine["message"], i, _dicts(v))
-                elif field == "function_call" and isinstance(v, dict): self._function(mine["message"].setdefault("function_call", {}), v)
+                if field == "content" and isinstance(v, list): v = message_text({"content": v})
+                if field == "tool_calls": self._calls(message, i, _dicts(v))
+                elif field == "function_call":
+                    if isinstance(v, dict): self._function(message.setdefault(field, {}), v)
                 elif isinstance(v, str) and field != "role":
-                    mine["message"][field] = (mine["message"].get(field) or "") + v
+                    message[field] = _text(message.get(field)) + v
                     if i == 0 and v: shown.append((field, v))
-                elif v is not None: mine["message"][field] = v
+                elif v is not None and not isinstance(message.get(field), str): message[field] = v
             for field, v in c.items():
                 if field in ("index", "delta", "message") or v is None: continue
-                if field == "token_ids" and isinstance(v, list): mine.setdefault(field, []).extend(v)
-                elif field == "logprobs" and isinstance(v, dict):
-                    for kind, rows in v.items():
+                if field == "token_ids":
+                    if isinstance(v, list): mine.setdefault(field, []).extend(v)
+                elif field == "logprobs":
+                    for kind, rows in v.items() if isinstance(v, dict) else ():
                         if isinstance(rows, list): mine.setdefault(field, {}).setdefault(kind, []).extend(rows)
                 else: mine[field] = v
         return shown
 
     def _calls(self, message, i, pieces):
-        "The pieces of tool calls; without an index, a new id or a new name begins a new call."
+        "The pieces of tool calls; a new id and a name begin a new call, and without an index either does."
         calls = message.setdefault("tool_calls", [])
         for p in pieces:
             f = p["function"] if isinstance(p.get("function"), dict) else {}
-            at = p["index"] if isinstance(p.get("index"), int) else None
-            if at is None:
-                new = not calls or (p.get("id") and p["id"] != calls[-1].get("id")) or (not p.get("id") and f.get("name"))
-                at = (i, len(calls)) if new else next(k for k, c in self._ids.items() if c is calls[-1])
-            else: at = (i, at)
-            if at not in self._ids:
-                self._ids[at] = dict(id=None, type="function", function=dict(name=None, arguments=None))
-                calls.append(self._ids[at])
-            call = self._ids[at]
-            if isinstance(p.get("id"), str) and p["id"]: call["id"] = p["id"]
-            if isinstance(p.get("type"), str): call["type"] = p["type"]
+            at, id, name = p["index"] if isinstance(p.get("index"), int) else None, _text(p.get("id")), _text(f.get("name"))
+            call = self._ids.get((i, at)) if at is not None else calls[-1] if calls else None
+            other = call and id and id != call["id"]
+            if not call or (other or name and not id if at is None else other and name and call["id"]):
+                call = dict(id=None, type="function", function=dict(name=None, arguments=None))
+                self._ids[i, len(calls) if at is None else at] = call
+                calls.append(call)
+            call |= {k: v for k, v in dict(id=id, type=_text(p.get("type"))).items() if v}
             self._function(call["function"], f)
 
     def _function(self, mine, f):
         if isinstance(name := f.get("name"), str): mine["name"] = _grow(mine.get("name"), name)
         args = f.get("arguments")
-        if isinstance(args, str): mine["arguments"] = (mine.get("arguments") or "") + args if isinstance(mine.get("arguments") or "", str) else args
+        if isinstance(args, str): mine["arguments"] = _text(mine.get("arguments")) + args
         elif args is not None: mine["arguments"] = args
 
     @property
@@ -227,7 +231,8 @@ class Chat:
         **limits,  # attempts, concurrency, rate, patience, max_bytes of `Service`
     ):
         if urlsplit(check_address(base_url)).path in ("", "/"): base_url = base_url.rstrip("/") + "/v1"
-        key = from_env(key_env, "chat", base_url, optional=True) if key_env else ""
+        none = "key_env=None of a Chat, api_key_env=None of a policy, --key-env '' on the command line"
+        key = from_env(key_env, "chat", base_url, optional=True, none=none) if key_env else ""
         need = (f"the key in {key_env} was not accepted" if key else f"it wants a key: set the environment variable {key_env}" if key_env else
                 "it wants a key, and none is sent: name the environment variable that holds it")
         self.base_url, self.model, self.price, self.extra = base_url.rstrip("/"), model, price, extra or {}
@@ -257,7 +262,7 @@ class Chat:
     def _done(self, answer, check=None):
         "Count what an answer cost, also one that is not good enough."
         if isinstance(answer, dict):
-            for f, n in told_usage(answer, self.price).items(): self.usage[f] += n
+            for f, n in told_usage(answer, self.price).items(): self.usage[f] += n or 0
         if check: check(answer)
         return answer
 
@@ -271,7 +276,8 @@ class Chat:
                     try: chunk = read_json(data.encode("utf-8", "replace"))
                     except ValueError: raise Transient(f"{what}: a piece of the stream is not JSON") from None
                     if (status := told_status(chunk)) is not None:
-                        raise self._api.failure(httpx.Response(status or 500, json=chunk, request=response.request))
+                        body = data.encode("utf-8", "replace")
+                        raise self._api.failure(httpx.Response(status or 500, content=body, request=response.request))
                     for field, text in answer.add(chunk) if isinstance(chunk, dict) else ():
                         shown = True
                         piece(field, text)

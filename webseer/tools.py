@@ -124,8 +124,10 @@ class Tools:
         known = arguments(self.schemas)
         if name not in known: raise ToolError(f'There is no tool {name}. The tools are {", ".join(known)}.', 'unknown_tool')
         if not isinstance(args, dict): raise ToolError(f'Arguments of {name} must be an object.')
-        missing = [a for a in known[name] if not isinstance(args.get(a), str)]
+        missing = [a for a in known[name] if a not in args]
         if missing: raise ToolError(f'{name} needs the argument {", ".join(missing)}.')
+        odd = [a for a in known[name] if not isinstance(args[a], str)]
+        if odd: raise ToolError(f'{name} takes text as the argument {", ".join(odd)}: write it in quotes.')
         extra = [a for a in args if a not in known[name]]
         if extra: raise ToolError(f'{name} has no argument {", ".join(extra)}.')
         if name == 'submit_answer': raise ToolError('submit_answer is for the agent loop, not for the tools.')
