@@ -135,6 +135,25 @@ def test_an_altered_record_is_refused(run, tok):
     with pytest.raises(WebseerError, match="is what the text earns"): check_rollouts(folder, tok, replace(s, alpha=.9))
 
 
+def test_trained_tokens_are_those_that_verl_gets(run, tok, address):
+    folder, s = run
+    before = check_rollouts(folder, tok, s, 600)["trained"]
+    async def dies(ids, room, said=[]):
+        if said: raise RuntimeError("gone")
+        said.append(tok.encode(LOOK, add_special_tokens=False) + [tok.eos_token_id])
+        return said[0], [-.25] * len(said[0])
+    r = run_sync(run_row(dict(raw_prompt=first_messages("Who?"), extra_info=dict(index=9, golds='["Michael Mann"]', retrieval="w/rl-0-0", split="train")), dies, tok, s, 1000, 600))
+    record_row(folder/"trajectories", r, 2, "one", uid="u2-9", session=0)
+    plain = lambda ids: tok.decode(ids, skip_special_tokens=True)
+    append_jsonl(folder/"rollouts"/"2.jsonl", dict(input=plain(r.prompt), output=plain(r.response), gts='["Michael Mann"]', score=0.0, step=2, uid="u2-9_0_0"))
+    found = check_rollouts(folder, tok, s, 600)
+    assert sum(r.traj.mask) > 0 and (found["rollouts"], found["tokens_equal"], found["trained"]) == (9, 8, before)
+    for file in (folder/"trajectories").glob("*"): alter(file, lambda rows: [x | dict(meta={k: v for k, v in x["meta"].items() if k != "trained"}) for x in rows])
+    assert check_rollouts(folder, tok, s, 600) == found                                      # a record of an earlier version
+    alter(file, lambda rows: [*rows[:-1], rows[-1] | dict(meta=rows[-1]["meta"] | dict(trained=999))])
+    with pytest.raises(WebseerError, match="tokens are trained on; found 999"): check_rollouts(folder, tok, s, 600)
+
+
 def test_an_attempt_that_was_killed_does_not_count(run, tok, address):
     folder, s = run
     r, _ = play(tok, address, [WRONG])

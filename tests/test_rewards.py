@@ -102,6 +102,16 @@ def test_released_can_rescore_with_first_gold_only():
     assert R.reward("released", subs, 0)[0] == 1 and R.reward("released", subs, 0, dict(golds=["New York", "NYC"]))[0] == 0
 
 
+@pytest.mark.parametrize("golds", [["Ada"], ["Ada", "x Ada y"], ["!?", "Ada"], "Ada"])
+def test_released_with_golds_goes_by_the_score_that_is_asked_for(golds):
+    subs = [sub("x Ada y", ["Ada", "x Ada y"]), sub("-Ada-", ["Ada"])]
+    pay = lambda n=1, **cfg: R.reward("released", subs[:n], 0, dict(golds=golds) | cfg)[0]
+    assert pay() == pay(score="recall") == 1 and pay(score="f1") == 0.5 and pay(score="em") == 0 and pay(score="cover_em") == 1
+    assert pay(2, score="em") == 0.8 and R.reward("released", subs[:1], 0, dict(score="em"))[0] == 1    # without golds: as it was scored
+    hyphen = [sub("Jean-Luc", ["Jean Luc"])]
+    assert R.reward("released", hyphen, 0, dict(golds=["Jean Luc"]))[0] == 1 and R.reward("released", hyphen, 0, dict(golds=["Jean Luc"], score="f1"))[0] == 0
+
+
 def test_score_setting_is_honoured():
     subs = [sub("It is Oscar Wilde", ["Oscar Wilde"])]
     assert R.reward("single", subs, 0)[0] == pytest.approx(2 / 3) and R.reward("single", subs, 0, dict(score="em"))[0] == 0

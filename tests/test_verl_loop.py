@@ -29,9 +29,9 @@ from webseer.sft import encode_messages
 from webseer.synth import save_text
 from webseer.tools import TOOLS, Tools
 from webseer.traj import STOPS
-from webseer.verl_cpu import RL_CPU, SFT_CPU, Continuer, cpu_env, load_hf
+from webseer.verl_cpu import RL_CPU, SFT_CPU, Continuer, cpu_env, load_hf, use_cpu
 from webseer.verl_loop import (READER_NUMBERS, EngineChat, EngineReader, agent_config, compute_score, encode_chat, loop_settings, record_row,
-                               recorded, rollout_metrics, row_question, run_row, tool_config, trim, worlds_app)
+                               lost_groups, recorded, rollout_metrics, row_question, run_row, tool_config, trim, worlds_app)
 from webseer.world import Question, World, WorldConfig
 
 QWEN = ("{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n{% if m.role == 'tool' %}<tool_response>\n{% endif %}{{ m.content }}"
@@ -452,9 +452,68 @@ def test_bad_settings(bad, why):
     with pytest.raises(WebseerError, match=why): agent_config(**bad)
 
 
+@pytest.mark.parametrize("name, bad", [("max_new", -5), ("attempts", 0), ("attempts", 1.5), ("timeout", 0.0), ("timeout", float("nan")), ("timeout", "10"), ("deadline", 0.0), ("deadline", -1.0),
+                                       ("seconds", -1.0), ("reserve", -3), ("test_submissions", 0), ("concurrency", 0), ("max_submissions", -1), ("max_calls", "9"), ("k", None), ("reader_context", -1)])
+def test_settings_with_which_no_rollout_works_are_refused(name, bad):
+    with pytest.raises(WebseerError, match=f"^agent loop: {name} is .*; it must be ") as e: loop_settings({name: bad})
+    assert "\n" not in str(e.value)
+    loop_settings(dict(max_new=0, attempts=1, timeout=.1, deadline=1, seconds=0, reserve=0, test_submissions=1, concurrency=1))
+
+
 @pytest.mark.parametrize("golds", ["Paris", '["Paris"]', {"target": ["Paris"]}, ["Paris"], '{"target": "Paris"}'])
 def test_golds_of_other_sets(golds):
     assert row_question(dict(raw_prompt=[dict(role="user", content="q")], reward_model=dict(ground_truth=golds))).golds == ("Paris",)
+
+
+@pytest.mark.parametrize("gold", ["10.50", "2.10", "1e5", "12345678901234567890.5", "1998", "-0", "NaN", "Infinity", "null", "true", "007", '{"a', "[1"])
+def test_golds_that_look_like_numbers_stay_as_written(tok, address, gold):
+    golds = lambda **more: row_question(dict(raw_prompt=[dict(role="user", content="q")]) | more).golds
+    assert golds(reward_model=dict(ground_truth=gold)) == golds(reward_model=dict(ground_truth=json.dumps(gold))) == (gold,)
+    assert golds(reward_model=dict(ground_truth=json.dumps(dict(target=[gold])))) == golds(extra_info=dict(golds=json.dumps([gold]))) == (gold,)
+    r = run(tok, address, [call_text("submit_answer", answer=gold)], row=dict(raw_prompt=first_messages("q"), reward_model=dict(ground_truth=gold), extra_info=dict(index=0)))
+    assert r.reward == 1.0 and r.numbers["acc"] == 1.0
+    assert golds(extra_info=dict(golds="[2.10, 1e5]")) == ("2.10", "1e5")
+
+
+def test_another_score_of_the_released_variant_counts(tok, address):
+    long = call_text("submit_answer", answer="x Michael Mann y z")
+    paid = lambda **more: run(tok, address, [long] * 9, row=row(golds='["Michael Mann", "x Michael Mann y z"]'), **more).reward
+    assert paid() == 1.0 and paid(score="recall") == 1.0 and paid(score="em") == 0.0 and paid(score="f1") == pytest.approx(2 * 2 / 7)
+    assert paid(score="em", first_gold=False) == 1.0
+
+
+def test_a_right_answer_in_the_last_reply_is_paid(tok, address):
+    r = run(tok, address, [call_text("search", query="film")] * 19 + [RIGHT], room=5000, max_turns=20, l_expect=9000, l_max=9999)
+    assert (r.traj.stop, r.reward, r.numbers["turns"]) == ("correct", 1.0, 20)
+
+
+def test_the_trained_tokens_of_a_lost_rollout_are_none(tok, address, tmp_path):
+    async def dies(ids, room, said=[]):
+        if len(said) == 2: raise RuntimeError("gone")
+        said.append(tok.encode(call_text("search", query="film"), add_special_tokens=False) + [tok.eos_token_id])
+        return said[-1], [-.5] * len(said[-1])
+    lost = run_sync(run_row(row(), dies, tok, loop_settings(dict(retrieval=address)), 1000, 700))
+    good = run(tok, address, SCRIPTS["correct"])
+    for step, rs in enumerate(([lost], [good], [lost, good]), 1):
+        for r in rs: record_row(tmp_path, r, step)
+    assert lost.traj.stop == "error" and sum(lost.traj.mask) > 0 == lost.numbers["trained"] == sum(lost.mask)
+    n = good.numbers["trained"]
+    assert [m["trained"] for m in rollout_metrics(tmp_path)] == [0, n, n / 2] and recorded(tmp_path)[2][0].meta["trained"] == n
+    del good.traj.meta["trained"]                                                            # a record of an earlier version
+    (tmp_path/"old").mkdir()
+    (tmp_path/"old"/"train-000001.1.jsonl").write_text(json.dumps(good.traj.to_dict()) + "\n")
+    assert rollout_metrics(tmp_path/"old")[0]["trained"] == n
+
+
+def left(error, **more): return dict(reward_extra_info=dict(stop_error=float(error)), webseer=dict(error="the server is gone" if error else "")) | more
+
+
+def test_groups_lost_in_a_row_end_the_run():
+    gone, half, good = [left(True)] * 3, [left(True), left(False)], [left(False)] * 2
+    assert lost_groups([], [gone, gone], 3, 7) == [gone, gone] == lost_groups([gone, gone], [], 3, 7)
+    for other in (half, good, [{}], []): assert lost_groups([gone, gone], [gone, other], 3, 7) == []     # [{}]: a rollout of another loop
+    with pytest.raises(WebseerError, match="^step 7: all 9 rollouts ended with an error, the first with: the server is gone"): lost_groups([gone, gone], [gone], 3, 7)
+    assert lost_groups([], [half] * 99, 3, 7) == []
 
 
 def test_records_keep_the_last_attempt(tok, address, tmp_path):
@@ -717,6 +776,77 @@ def test_in_verl_the_attempt_names_the_start_of_ray():
             "b = ray.get(ray.remote(lambda: _attempt()).remote()); assert a == b and a.startswith('session_'), (a, b); print('same')")
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert r.stdout.split() == ["same"], r.stderr[-2000:]
+
+
+class Queue:
+    "verl's transfer queue in memory, and a generator that puts a group there for each question asked."
+    def __init__(self, group, most=60): self.group, self.most, self.tags, self.data, self.asked, self.fetched = group, most, {}, {}, 0, []
+    def kv_list(self, partition_id=None): return dict(train={k: dict(v) for k, v in self.tags.items()})
+    def kv_batch_get(self, keys, partition_id, select_fields):
+        import torch
+        assert keys and partition_id == "train" and set(keys) <= self.data.keys()
+        self.fetched.append((tuple(select_fields), len(keys)))
+        pick = dict(rm_scores=lambda d: torch.tensor([0.0, d["score"]]), extra_fields=lambda d: d)
+        return {f: [pick[f](self.data[k]) for k in keys] for f in select_fields}
+    def kv_clear(self, partition_id, keys):
+        for k in keys: self.tags.pop(k, None), self.data.pop(k, None)
+    def refill(self, n):
+        for _ in range(n):
+            if self.asked == self.most: raise RuntimeError(f"{self.most} groups were asked for")
+            uid, self.asked = f"u{self.asked}", self.asked + 1
+            self.tags[uid] = dict(is_prompt=True, status="finished", global_steps=4)
+            for k, d in enumerate(self.group(self.asked - 1)):
+                self.tags[f"{uid}_{k}_0"], self.data[f"{uid}_{k}_0"] = dict(status="success"), d
+
+
+def sampled(monkeypatch, group, metric="reward", mode="ReplayBuffer", partition="train", most=60):
+    "What verl's replay buffer samples, three groups a step, from groups that are made one by one."
+    from types import SimpleNamespace as O
+    use_cpu()                                                                                # verl was imported after us, and did not
+    import transfer_queue as tq
+    from verl.trainer.ppo.v1 import replay_buffer
+    from webseer import verl_loop
+    assert verl_loop.WebseerManager
+    queue = Queue(group, most)
+    for name in ("kv_list", "kv_batch_get", "kv_clear"): monkeypatch.setattr(tq, name, getattr(queue, name))
+    class Trainer:
+        config = O(data=O(train_batch_size=3))
+        def ask(self, n): queue.refill(n)
+    more = dict(train_batch_size=3, gen_batch_size=1) if mode == "ReplayBuffer" else {}
+    buffer = getattr(replay_buffer, mode)("sync" if more else "async", {}, None, "drop", {}, poll_interval=.001, refill_fn=Trainer().ask, filter_groups_metric=metric, **more)
+    queue.refill(3)
+    batch, metrics = buffer.sample(4, partition, 3)
+    return sorted({k.split("_")[0] for k in batch.keys}), metrics, queue
+
+
+def rolled(scores, error=False): return [left(error, score=float(s)) | dict(reward_extra_info=dict(stop_error=float(error), acc=float(s))) for s in scores]
+
+
+@inside
+@pytest.mark.parametrize("metric", ["reward", "acc"])
+@pytest.mark.parametrize("mode", ["ReplayBuffer", "ReplayBufferAsync"])
+def test_in_verl_dynamic_sampling_ends_when_all_is_lost(monkeypatch, mode, metric):
+    "verl's own replay buffer, which would ask for further questions for ever; the queue is a stand-in."
+    go = lambda group, **more: sampled(monkeypatch, group, metric, mode, **more)
+    with pytest.raises(WebseerError, match="^step 4: all 6 rollouts ended with an error, the first with: the server is gone. Mend that"): go(lambda i: rolled((0, 0), error=True))
+    late = lambda i: rolled((0, 1)) if i < 2 else rolled((0, 0), error=True)                 # the server dies in the middle of a step
+    with pytest.raises(WebseerError, match="step 4: all .* rollouts ended with an error"): go(late)
+
+
+@inside
+@pytest.mark.parametrize("mode", ["ReplayBuffer", "ReplayBufferAsync"])
+def test_in_verl_dynamic_sampling_goes_on_while_rollouts_end_by_themselves(monkeypatch, mode):
+    go = lambda group, **more: sampled(monkeypatch, group, mode=mode, **more)
+    with pytest.raises(RuntimeError, match="60 groups were asked for"): go(lambda i: rolled((0, 0)))     # all wrong: verl's business
+    with pytest.raises(RuntimeError, match="60 groups were asked for"): go(lambda i: rolled((0, 0), error=i % 3 > 0))
+    half = [*rolled((0,)), *rolled((0,), error=True)]
+    with pytest.raises(RuntimeError, match="60 groups were asked for"): go(lambda i: half)
+    uids, metrics, queue = go(lambda i: rolled((0, 1)) if i in (1, 4, 7) else rolled((0, 0), error=i % 2))
+    assert {"u1", "u4", "u7"} >= set(uids) and len(uids) == 3 and metrics["training/filter_groups/evicted_samples"] >= 5
+    uids, metrics, queue = go(lambda i: rolled((0, 1)))
+    assert len(uids) == 3 and not metrics and {f for f, n in queue.fetched} == {("rm_scores",)}          # nothing more is fetched where nothing is lost
+    uids, metrics, queue = go(lambda i: rolled((0, 0), error=True), metric=None)              # no dynamic sampling: the step is full, and step_metrics looks
+    assert len(uids) == 3 and queue.fetched == []
 
 
 @inside

@@ -1801,6 +1801,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'webseer.verl_loop.encode_chat': ('verl_loop.html#encode_chat', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.in_order': ('verl_loop.html#in_order', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.loop_settings': ('verl_loop.html#loop_settings', 'webseer/verl_loop.py'),
+                                   'webseer.verl_loop.lost_groups': ('verl_loop.html#lost_groups', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.numbers_of': ('verl_loop.html#numbers_of', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.place_of': ('verl_loop.html#place_of', 'webseer/verl_loop.py'),
                                    'webseer.verl_loop.record_row': ('verl_loop.html#record_row', 'webseer/verl_loop.py'),

@@ -114,9 +114,11 @@ def _check_rollout(t, d, tokenizer, s, room, where, found):
     for said, name in ((d["score"], "verl's score"), (t.reward, "the recorded reward")):
         hold(abs(value - said) < 1e-5, f"{name} is what the text earns, {value}", said, where)
     if t.stop != "error": hold(not (wrong := token_faults(t, tokenizer, s.max_new, room)), "tokens and messages agree", *wrong, where)
+    trained = 0 if t.stop == "error" and s.mask_errors else sum(mask)
+    hold(t.meta.get("trained", trained) == trained, f"{trained} tokens are trained on", t.meta.get("trained"), where)
     count = str(len(t.submissions))
     found["submissions"][count] = found["submissions"].get(count, 0) + 1
-    for key, more in dict(rollouts=1, rewards_equal=1, tokens_equal=t.stop != "error", tokens=length, trained=sum(mask),
+    for key, more in dict(rollouts=1, rewards_equal=1, tokens_equal=t.stop != "error", tokens=length, trained=trained,
                           length_penalties=t.parts.get("length", 0) < 0).items(): found[key] += more
 
 # %% ../nbs/14e_proof.ipynb #0c956482

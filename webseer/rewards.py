@@ -184,7 +184,8 @@ def _paper(submissions, n_tokens, cfg=None):
 
 def _released(submissions, n_tokens, cfg=None):
     c, score = _cfg(cfg, "recall"); c.pop("pick", None); golds = c.pop("golds", None)
-    scores = [released_recall(s["answer"], golds) for s in submissions] if golds else _column(submissions, score)
+    first = released_recall if score == "recall" else lambda answer, golds: METRICS[score](answer, _golds(golds)[0])
+    scores = [first(s["answer"], golds) for s in submissions] if golds else _column(submissions, score)
     return webseer_released(scores, n_tokens, **c)
 
 def _single(submissions, n_tokens, cfg=None):
@@ -199,7 +200,7 @@ def reward(
     name: str,          # paper, released or single
     submissions: list,  # dicts {answer, em, f1, recall, cover_em}, in order
     n_tokens: int,      # response length
-    cfg: dict = None,   # alpha, l_expect, l_max, pick, score (which metric), golds (released: rescore with the first gold)
+    cfg: dict = None,   # alpha, l_expect, l_max, pick, score (which metric), golds (released: the first alone counts)
 ) -> tuple:             # (reward, parts)
     "Reward of a rollout under the named variant."
     if name not in REWARDS: raise WebseerError(f"reward: unknown variant {name!r}; {nearest(name, REWARDS)}")

@@ -172,8 +172,8 @@ def score_rollout(
 ):            # the same Traj
     "Fill in reward and its parts."
     name = 'single' if stage == 'single' else profile.reward
-    cfg = dict(alpha=profile.decay, score=profile.reward_score, l_expect=.75 * profile.max_tokens, l_max=profile.max_tokens)
-    if name == 'released': cfg['golds'] = t.golds                                   # its tool scores with the first gold alone (chapter 5)
+    cfg = dict(alpha=profile.decay, l_expect=.75 * profile.max_tokens, l_max=profile.max_tokens)
+    cfg |= dict(golds=t.golds) if name == 'released' else dict(score=profile.reward_score)   # its tool: recall of the first gold (chapter 5)
     t.reward, t.parts = reward(name, t.submissions, response_tokens(t), cfg)
     return t
 

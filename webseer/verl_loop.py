@@ -6,7 +6,7 @@
 __all__ = ['READER_NUMBERS', 'worlds_app', 'LoopSettings', 'loop_settings', 'agent_config', 'row_question', 'row_address', 'Part',
            'row_tools', 'after_reply', 'encode_chat', 'EngineFailed', 'TokenPolicy', 'EngineChat', 'EngineReader',
            'Rolled', 'trim', 'numbers_of', 'score_row', 'run_row', 'record_row', 'recorded', 'rollout_metrics',
-           'step_metrics', 'place_of', 'turn_seeds', 'in_order', 'tool_config', 'compute_score']
+           'step_metrics', 'lost_groups', 'place_of', 'turn_seeds', 'in_order', 'tool_config', 'compute_score']
 
 # %% ../nbs/14a_verl_loop.ipynb #a8b92493
 import asyncio, json, logging, os, re, time, weakref
@@ -93,13 +93,17 @@ class LoopSettings:
 
     def __post_init__(self):
         words = dict(tools=("statements", "web"), reader=READERS, variant=REWARDS, feedback=("", "paper", "released", "none"))
-        least = dict.fromkeys(("k", "max_calls", "max_turns", "test_submissions", "concurrency", "reader_max_new"), 1)
-        least |= dict(max_submissions=0, reader_context=0)
+        least = dict.fromkeys(("k", "max_calls", "max_turns", "test_submissions", "concurrency", "attempts", "reader_max_new"), 1)
+        least |= dict.fromkeys(("max_submissions", "max_new", "reserve", "reader_context"), 0)
         for name, known in words.items():
             value = getattr(self, name)
             if value not in known: raise WebseerError(f"agent loop: {name} is {value!r}; {nearest(value, [w for w in known if w])}")
+        def refuse(name, must): raise WebseerError(f"agent loop: {name} is {getattr(self, name)!r}; it must be {must}")
         for name, n in least.items():
-            if getattr(self, name) < n: raise WebseerError(f"agent loop: {name} is {getattr(self, name)!r}; it must be at least {n}")
+            if not (isinstance(value := getattr(self, name), int) and value >= n): refuse(name, f"a whole number, at least {n}")
+        for name, must in dict(timeout="more than 0 s", deadline="more than 0 s", seconds="more than 0 s, or 0 for no limit").items():
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and (value > 0 or value == 0 and name == "seconds")): refuse(name, must)
         reward(self.variant, [], 0, self.reward_settings())          # refuses what the formula cannot use
 
     def reward_settings(self,
@@ -145,10 +149,11 @@ def _from_file(given):
 
 # %% ../nbs/14a_verl_loop.ipynb #17f6e1ed
 def _golds(value):
-    "Accepted answers, however a data set wrote them."
+    "Accepted answers, however a data set wrote them; a number stays as it is written."
     if isinstance(value, str):
-        try: value = json.loads(value)
-        except ValueError: pass
+        try: read = json.loads(value, parse_int=str, parse_float=str, parse_constant=str)
+        except ValueError: read = None
+        if isinstance(read, (list, dict, str)): value = read
     if isinstance(value, dict): value = value.get("target", value.get("answers", ()))
     value = value.tolist() if hasattr(value, "tolist") else value
     out = [str(v) for v in (value if isinstance(value, (list, tuple)) else [value]) if v is not None and str(v).strip()]
@@ -487,7 +492,8 @@ def record_row(
 ):
     "Append a rollout to the step's file of this process."
     t = r.traj
-    t.meta |= dict(step=step, attempt=attempt, time=time.time(), prompt=len(r.prompt), response=len(r.response), **more)
+    sizes = dict(prompt=len(r.prompt), response=len(r.response), trained=sum(r.mask))
+    t.meta |= dict(step=step, attempt=attempt, time=time.time(), **sizes, **more)
     append_jsonl(Path(folder)/f"{t.meta['split']}-{step:06}.{os.getpid()}.jsonl", t.to_dict())
 
 def recorded(
@@ -511,7 +517,7 @@ def rollout_metrics(
     "What the rollouts of each step were like."
     rows = []
     for step, ts in recorded(folder, split).items():
-        numbers = [numbers_of(t, t.meta["response"], sum(t.mask)) | dict(reward=t.reward) for t in ts]
+        numbers = [numbers_of(t, t.meta["response"], t.meta.get("trained", sum(t.mask))) | dict(reward=t.reward) for t in ts]
         rows.append(dict(step=step, rollouts=len(ts)) | {k: sum(n[k] for n in numbers) / len(ts) for k in numbers[0]})
     return rows
 
@@ -555,6 +561,19 @@ def step_metrics(
                            "Mend that and start the same command again: the run goes on from its last checkpoint")
     return {f"webseer/{k}": sum(f["reward_extra_info"][k] for f in found) / len(found) for k in found[0]["reward_extra_info"]}
 
+def lost_groups(
+    lost: list[list[dict]],  # groups lost in a row so far, each as what the loop left in `extra_fields` of its rollouts
+    ended: list[list[dict]],  # groups that have ended since
+    most: int,  # groups of a step
+    step: int,  # of the training
+) -> list[list[dict]]:  # groups lost in a row now
+    "What dynamic sampling lost to errors. Raises WebseerError once that is a whole step: it would ask for further groups for ever."
+    failed = lambda f: f.get("reward_extra_info", {}).get("stop_error")
+    if not all(group and all(map(failed, group)) for group in ended): return []
+    lost = [*lost, *ended]
+    if len(lost) >= most: step_metrics([f for group in lost for f in group], step)
+    return lost
+
 # %% ../nbs/14a_verl_loop.ipynb #e7cb8412
 def place_of(
     row: dict,  # of the parquet file, as verl passes it on
@@ -578,7 +597,7 @@ def _plain(x, default):
 def in_order(
     found: list[dict],  # what the loop left in `extra_fields` of each rollout of a step
 ) -> list[int] | None:  # the positions in which to take them; None if a rollout is another loop's
-    "The order of a step's rollouts in the run."
+    "A step's rollouts in the order of the run; verl shares them out by length afterwards."
     places = [(f.get("webseer") or {}).get("place") for f in found]
     return sorted(range(len(found)), key=lambda i: places[i]) if all(places) else None
 
@@ -633,23 +652,39 @@ def _attempt():
 
 # %% ../nbs/14a_verl_loop.ipynb #e570b900
 def _manager():
-    "verl's manager of agent loops; where it is named, the trainer puts rollouts in order, and looks at their numbers."
+    "verl's manager of agent loops; where it is named, the trainer sorts rollouts, looks at their numbers, and notices when all are lost."
     import transfer_queue as tq
     from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
-    share, advantages = PPOTrainer._balance_batch, PPOTrainer._compute_advantage
-    def left_by_the_loop(batch):
-        keys = [k for k, tag in zip(batch.keys, batch.tags) if not tag.get("is_padding", False)]
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+    share, advantages, filtered = PPOTrainer._balance_batch, PPOTrainer._compute_advantage, ReplayBuffer._dapo_filtered_keys
+    def left(keys, partition):
+        data = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=["extra_fields"])
         return [getattr(x, "data", x) for x in data["extra_fields"]]
+    def left_by_the_loop(batch):
+        return left([k for k, tag in zip(batch.keys, batch.tags) if not tag.get("is_padding", False)], batch.partition_id)
     def _balance_batch(self, batch, *args, **kwargs):
         if order := in_order(left_by_the_loop(batch)): batch.reorder(order)
         return share(self, batch, *args, **kwargs)
     def _compute_advantage(self, batch, metrics):
         metrics.update(step_metrics(left_by_the_loop(batch), self.global_steps))
         return advantages(self, batch, metrics)
+    def _dapo_filtered_keys(self, partition_id):
+        if partition_id == "val" or self.filter_groups_metric is None: return filtered(self, partition_id)
+        ended = self.finished_keys[partition_id] - self._dapo_classification_cache[partition_id].keys()          # since the last look
+        uids, counts = filtered(self, partition_id)
+        if ended <= uids:                                                # else a group stays, so the machinery works
+            groups = {uid: [] for uid in ended}
+            keys = [k for k in self.partitions[partition_id] if k.split("_")[0] in ended]
+            for k, f in zip(keys, left(keys, partition_id) if keys else ()): groups[k.split("_")[0]].append(f)
+            most = self.train_batch_size or self.refill_fn.__self__.config.data.train_batch_size
+            step = max((self.prompt_global_steps[partition_id].get(uid, 0) for uid in ended), default=0)
+            self.webseer_lost = lost_groups(getattr(self, "webseer_lost", []), list(groups.values()), most, step)
+        else: self.webseer_lost = []
+        return uids, counts
     if not hasattr(PPOTrainer, "webseer"):                               # once, however often the class is made
         PPOTrainer.webseer, PPOTrainer._balance_batch, PPOTrainer._compute_advantage = True, _balance_batch, _compute_advantage
+        ReplayBuffer._dapo_filtered_keys = _dapo_filtered_keys
     class WebseerManager(AgentLoopManagerTQ): "verl's manager; what it brings into the trainer comes with it."
     return WebseerManager
 
