@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from webseer.agent import Budget, Reply, rollouts, run_sync
-from webseer.core import keyed_rng, load_profile
+from webseer.agent import Budget, rollouts, run_sync
+from webseer.core import load_profile
 from webseer.evaluate import test_world
 from webseer.model import Codec, ModelConfig, ModelPolicy, Qwen2, init_weights, load_checkpoint, save_checkpoint
 from webseer.sft import encode_messages, sft_loss

@@ -121,6 +121,80 @@ def test_wrong_changes(shop, changes, message):
     with pytest.raises(WebseerError, match=re.escape(message)): rl(shop, *changes)
 
 
+@pytest.mark.parametrize("word, message", [
+    ("sp=0", "sp (--set) is 0: it must be at least 1"), ("micro_batch=-4", "at least 1"), ("gpus=0", "at least 1"), ("batch=0", "at least 1"), ("epochs=0", "at least 1"),
+    ("max_length=0", "at least 1"), ("batch=null", "batch (--set) is null, which is no int: give a whole number"), ("sp=null", "is null"), ("gpus=none", "is null"),
+    ("steps=lots", "no int"), ("betas=[0.9]", "no list: give a list of numbers, 2 of them"), ("betas=[0.9,1]", "less than 1"), ("save_freq=soon", "or after_each_epoch"),
+    ("save_freq=0", "-1 for never"), ("test_freq=0.5", "give a whole number of updates, -1 for never, or after_each_epoch"), ("lr=NaN", "no float"), ("warmup=2", "at most 1")])
+def test_values_that_nothing_can_come_of(shop, word, message):
+    with pytest.raises(WebseerError, match=re.escape(message)) as e: sft(shop, word)
+    assert str(e.value).startswith("setting ") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("word, message", [
+    ("mini=null", "is null"), ("prompts=null", "is null"), ("log_prob_micro=null", "is null"), ("tp=0", "at least 1"), ("group=0", "at least 1"), ("temperature=-1", "at least 0.01"),
+    ("clip_low=-1", "at least 0"), ("max_new=-5", "at least 0"), ("top_k=0", "give -1 for all"), ("rollout_memory=1.5", "at most 1"), ("test_freq=0", "-1 for never"),
+    ("save_freq=after_each_epoch", "-1 for never"), (R + "log_prob_micro_batch_size_per_gpu=0", "log_prob_micro (--set) is 0"), ("nodes=2", "set verl_nodes"), ("offload=false", "set verl_offload")])
+def test_values_that_nothing_can_come_of_in_srrl(shop, word, message):
+    with pytest.raises(WebseerError, match=re.escape(message)): rl(shop, word)
+
+
+def test_whole_numbers_reach_verl_as_such(shop):
+    words = sft(shop, "batch=64.0", "steps=1e2", "save_freq=5.0").words
+    assert {"data.train_batch_size=64", "trainer.total_training_steps=100", "trainer.save_freq=5"} <= set(words)
+    assert rl(shop, "entropy=0.001", "keep=null", "save_freq=-1")["entropy"] == 0.001
+    with pytest.raises(WebseerError, match="sp .profile paper-14b. is 0"): P.resolve("srrl", load_profile("paper-14b", verl_rl="sp=0"), "paper")
+
+
+def test_verl_s_name_of_a_setting_is_the_setting(shop):
+    p = rl(shop, "data.max_response_length=60000", "+" + R + "log_prob_micro_batch_size_per_gpu=2")
+    assert p["max_response"] == 60000 and p.get(R + "max_model_len") == 61024 and p["log_prob_micro"] == 2 and not p.raw
+    assert p.values["max_response"].origin == "--set" and "phase update" in P.problems(p)["memory"]
+    assert "phase score" in P.problems(rl(shop, R + "log_prob_micro_batch_size_per_gpu=16"))["memory"]
+    assert "sp = 3" in P.problems(rl(shop, "actor_rollout_ref.actor.ulysses_sequence_parallel_size=3"))["shared-heads"]
+    with pytest.raises(WebseerError, match="is our setting lr, which is given, too"): rl(shop, "actor_rollout_ref.actor.optim.lr=1e-5", "lr=1e-6")
+    with pytest.raises(WebseerError, match="set lr to another value"): sft(shop, "~optim.lr=1")
+
+
+@pytest.mark.parametrize("make, word, use", [
+    (sft, "data.train_files=/other.parquet", "--train"), (rl, "data.val_files=/other.parquet", "--val"), (sft, "model.path=/m", "--model"), (rl, "actor_rollout_ref.model.path=/m", "--model"),
+    (sft, "trainer.nnodes=4", "verl_nodes"), (rl, "+trainer.nnodes=4", "verl_nodes"), (rl, "trainer.default_local_dir=/x", "--folder"), (rl, R + "name=hf", "verl_rollout"),
+    (rl, "actor_rollout_ref.actor.fsdp_config.param_offload=false", "verl_offload"), (rl, "trainer.logger=[console]", "verl_loggers")])
+def test_what_the_launcher_decides(shop, make, word, use):
+    with pytest.raises(WebseerError, match=f"is the launcher's: use {use}$"): make(shop, word)
+
+
+def test_changes_are_checked_before_there_is_data():
+    p = load_profile("paper-14b")
+    profile, changes = P.settle(p, "srrl", "paper", ["verl_nodes=2", "trainer.save_freq=7.0", "data.shuffle=false"])
+    assert profile.verl_nodes == 2 and changes == {"save_freq": 7.0, "data.shuffle": False} and P.settle(profile, "srrl", "paper", changes)[1] == changes
+    for stage, variant, word, message in (("sft", "paper", "lrr=1", "unknown setting 'lrr'"), ("sft", "papr", "lr=1", "did you mean 'paper'"), ("rl", "paper", "lr=1", "unknown stage"),
+                                          ("srrl", "paper", "tools=pages", "agent loop"), ("sft", "paper", "sp=0", "at least 1")):
+        with pytest.raises(WebseerError, match=re.escape(message)): P.settle(p, stage, variant, [word])
+
+
+def test_published_machine_settings_are_rows_that_the_profile_decides(shop):
+    v = rl(shop).values
+    for key, said, now in (("rollout", "sglang_async", "vllm"), ("offload", True, True), ("offload_optimizer", True, True), ("offload_ref", True, True), ("nodes", 1, 1)):
+        assert (v[key].setting.released, v[key].value) == (said, now) and v[key].origin.startswith("profile paper-14b")
+    assert rl(shop).get("data.return_raw_chat") is True and rl(shop).get("data.filter_overlong_prompts") is False
+    assert sft(shop).get("model.trust_remote_code") is False and sft(shop).get("engine.offload_policy") is False
+
+
+def test_a_relative_model_folder_is_named_from_the_root(shop, monkeypatch, tmp_path):
+    (tmp_path/"settings.ini").write_bytes((ROOT/"settings.ini").read_bytes())
+    (tmp_path/"14b").symlink_to(shop/"14b")
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path/"14b")
+    assert rl(shop, model="14b").get("actor_rollout_ref.model.path") == here and sft(shop, model="14b").get("model.path") == here
+    assert P.plan_rl(load_profile("paper-14b", verl_start="14b"), "paper").model == here and P.plan_sft(load_profile("paper-14b", verl_model="14b"), "paper").model == here
+
+
+def test_heads_of_the_7b_model_under_sequence_parallelism(shop):
+    assert "28 attention heads with 4 heads of keys cannot be shared by sp = 8 GPUs: set sp to 1 or 2 or 4" in P.problems(sft(shop, "sp=8", profile="paper-7b"))["shared-heads"]
+    assert not P.problems(sft(shop, "sp=4", profile="paper-7b"))
+
+
 def test_unknown_stage_variant_profile_list(shop, monkeypatch):
     with pytest.raises(WebseerError, match="did you mean 'released'"): rl(shop, variant="relased")
     with pytest.raises(WebseerError, match="unknown stage 'rl'"): P.resolve("rl", load_profile("laptop"), "paper")
@@ -183,7 +257,11 @@ def test_a_setting_beats_the_algorithm(shop):
     ("parallel-calls", [R + "multi_turn.max_parallel_calls=1"], "only the first call"),
     ("tensor-parallel", ["tp=3"], "40 attention heads cannot be shared by tp = 3"),
     ("rollout-name", ["verl_rollout=sglang_async"], "did you mean 'sglang'"),
-    ("rollout-name", [R + "name=hf"], "no rollout engine 'hf'"),
+    ("tensor-parallel", ["tp=5"], "6 GPUs cannot be divided into rollout engines of tp = 5"),
+    ("shared-heads", ["sp=6", "prompts=12", "mini=12"], "40 attention heads with 8 heads of keys cannot be shared by sp = 6 GPUs: set sp to 1 or 2"),
+    ("shared-heads", ["+critic.ulysses_sequence_parallel_size=3"], "sp = 3"),
+    ("estimator", ["algorithm=dapo"], "set verl_algorithm=dapo"), ("estimator", ["algorithm=ppo"], "set verl_algorithm=ppo"),
+    ("estimator", ["algorithm=gae"], "needs PPO's critic"),
     ("rollout-name", [R + "mode=sync"], "leave it at async"),
     ("legacy-reward", ["custom_reward_function.path=/x.py"], "write reward.custom_reward_function.path"),
     ("legacy-reward", ["reward_model.reward_manager=naive"], "write reward.reward_model.reward_manager"),
@@ -497,6 +575,66 @@ def test_dry_run_starts_and_leaves_nothing(shop, fake, monkeypatch, outputs):
     assert not (fake.parent/"calls.jsonl").exists() and not p.folder.exists()
 
 
+def test_several_nodes_are_handed_over(shop, fake, monkeypatch, tmp_path):
+    "Nothing here can start them, so the scripts are written and nothing is run."
+    monkeypatch.setenv("WEBSEER_VERL", str(fake))
+    monkeypatch.setattr(L, "check", lambda *a, **k: ["skipped"])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, plan in (("s", sft(shop, "verl_nodes=2", folder=tmp_path/"a b"/"s")), ("r", rl(shop, "verl_nodes=2", folder=tmp_path/"a b"/"r"))):
+        said = []
+        L.launch(plan, dry_run=True, tell=said.append)
+        assert not plan.folder.exists()
+        assert L.launch(plan, tell=said.append) == plan.folder and "nothing was started: 2 nodes" in said[-1] and "slurm.sh'" in said[-1]
+        assert (plan.folder/"slurm.sh").exists() and (plan.folder/"run.sh").exists() == (name == "r") and (plan.folder/"params.json").exists()
+        assert f'#SBATCH --output="{plan.folder}/slurm-%j.log"\n' in (plan.folder/"slurm.sh").read_text()
+        with sole_user(plan.folder), pytest.raises(WebseerError, match="is in use"): L.launch(plan, tell=said.append)
+    assert not (tmp_path/"calls.jsonl").exists()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(L, "ready", lambda plan: None)
+    L.launch(rl(shop, "verl_nodes=2", folder=tmp_path/"a b"/"r"), tell=lambda l: None)
+    assert len(calls(fake)) == 1
+
+
+def test_what_may_change_on_resume(shop, tmp_path):
+    begun = lambda p: {k: v for k, v in L._identity(p).items()}
+    old = begun(rl(shop))
+    for word in ("rollout_memory=0.5", "log_prob_micro=2", "ref_log_prob_micro=2", "verl_offload=false", "val_before_train=true", "checkpointing=false", "activation_offload=true",
+                 "max_tokens_gpu=16384"): assert begun(rl(shop, word)) == old, word
+    for word in ("lr=1e-5", "group=12", "sp=1"): assert begun(rl(shop, word)) != old, word
+    dynamic = "actor_rollout_ref.actor.use_dynamic_bsz=true"
+    assert begun(rl(shop, dynamic)) != begun(rl(shop, dynamic, "max_tokens_gpu=16384"))
+    data = tmp_path/"rl.parquet"
+    data.write_bytes((shop/"rl.parquet").read_bytes())
+    for which in ("train", "val"):
+        first = begun(rl(shop, **{which: data}))
+        data.write_bytes(data.read_bytes() + b"x")
+        assert first != begun(rl(shop, **{which: data}))
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    "A program in the place of nvidia-smi: eight GPUs of 40 GiB."
+    tool = tmp_path/"bin"/"nvidia-smi"
+    write_text(tool, "#!/bin/bash\nfor i in {0..7}; do if [[ $1 == -L ]]; then echo \"GPU $i: A (UUID: GPU-$i)\"; else echo \"$i, GPU-a$i, 40960\"; fi; done\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return monkeypatch
+
+
+def test_the_gpus_at_hand_are_compared_with_the_estimate(shop, gpus, fake):
+    gpus.setenv("WEBSEER_VERL", str(fake))
+    with pytest.raises(WebseerError, match=r"the estimate is \d+ GiB per GPU and this machine's have 40: set verl_memory=40 and see what --dry-run advises"): L.ready(rl(shop))
+    small = rl(shop, profile="gpu1", model=shop/"tiny")
+    L._check_gpus(small)
+    gpus.setenv("CUDA_VISIBLE_DEVICES", "0,3,GPU-a5,99,1")
+    assert L._gpus() == [40.0] * 3
+    with pytest.raises(WebseerError, match="wants 6 GPUs and this machine has 3: set gpus=3"): L.ready(rl(shop))
+    gpus.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    assert L._gpus() == [0.0]
+    L._check_gpus(small)
+
+
 def test_no_gpu_no_launch(shop, monkeypatch, fake):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("WEBSEER_VERL", str(fake))
@@ -526,6 +664,13 @@ def test_metrics_of_sft_and_torn_files(tmp_path):
     with pytest.raises(WebseerError, match="no metrics in"): L.read_metrics(tmp_path/"other")
 
 
+def test_saved_metrics_are_json(tmp_path):
+    write_text(tmp_path/"metrics"/"verl-000.jsonl", '{"step": 1, "data": {"train/loss": 3.0}}\n{"step": 1, "data": {"val/loss": NaN}}\n')
+    def never(word): raise AssertionError(word)
+    [row] = [json.loads(line, parse_constant=never) for line in L.save_metrics(tmp_path).read_text().splitlines()]
+    assert row["loss"] == 3.0 and row["val_loss"] is None
+
+
 def test_metrics_have_the_columns_of_the_embedded_trainer(tmp_path):
     from webseer.verl_loop import numbers_of
     from webseer.traj import Traj
@@ -551,6 +696,14 @@ def test_conversations():
                           ([dict(role="user", content="x")], "nothing to learn"), ([dict(role="assistant", content="", tool_calls=[dict(function=None)])], "no function with a name")):
         with pytest.raises(WebseerError, match=message): L.messages_of(cell)
     assert L.has_nulls([dict(role="assistant", tool_calls=[call(dict(query="x", url=None))])]) and not L.has_nulls([dict(role="assistant", tool_calls=None)])
+
+
+def test_every_prompt_that_may_be_too_long_is_measured():
+    class Tok:
+        def apply_chat_template(self, prompt, **more): return [0] * sum(c != " " for m in prompt for c in m["content"])
+    rows = [rl_row(i, prompt=[dict(role="user", content="b " * 60)]) for i in range(70)] + [rl_row(70, prompt=[dict(role="user", content="a" * 95)])]
+    with pytest.raises(WebseerError, match="row 71, field prompt: it has 95 tokens, more than max_prompt = 90"): L._longest_prompt("x", rows, Tok(), 90)
+    assert L._longest_prompt("x", rows, Tok(), 95) == 95
 
 
 # ---- verl itself
@@ -602,12 +755,13 @@ def dry(shop, tmp_path_factory):
         # what verl alone can tell
         plans["unknown"] = rl(shop, "actor_rollout_ref.rollout.temprature=0.6")
         plans["unknown leaf"] = rl(shop, "trainer.max_assistant_turns=3")
-        plans["known already"] = rl(shop, "+data.train_batch_size=3")
+        plans["known already"] = rl(shop, "+data.shuffle=false")
+        plans["estimator"] = rl(shop, "algorithm=grop")
         plans["offloading"] = rl(shop, "+actor_rollout_ref.model.enable_activation_offlod=true")
         plans["gone"] = rl(shop, R + "multi_turn.max_turns=20")
         plans["architecture"] = rl(shop, "verl_architecture=Qwen3ForCausalLM")
         plans["type"] = rl(shop, "actor_rollout_ref.actor.loss_agg_mode=token-average")
-        plans["validate"] = rl(shop, "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=null")
+        plans["validate"] = rl(shop, "actor_rollout_ref.rollout.log_prob_micro_batch_size=4")
         plans["no class"] = rl(shop, R + "agent.agent_loop_config_path=" + str(tmp/"bad.yaml"))
         write_text(tmp/"bad.yaml", "- {name: webseer, _target_: nowhere.Loop}\n")
         write_text(tmp/"odd.yaml", "- {name: webseer, _target_: webseer.verl_loop.WebseerAgentLoop, max_submision: 3}\n")
@@ -642,6 +796,12 @@ def dry(shop, tmp_path_factory):
         plans["verl's own is right"] = sft(shop, *own, profile="verl-cpu", model=shop/"tiny")
         plans["long"] = sft(shop, "max_length=40", train=data("k.parquet", [dict(messages=TALK)] * 63 + [dict(messages=[*TALK[:2], dict(role="assistant", content="y" * 99)])]))
         plans["nobody"] = sft(shop, val=data("l.parquet", [dict(messages=TALK[:2])]))
+        plans["few val"] = sft(shop, val=data("n.parquet", [dict(messages=TALK)] * 63))
+        # the row of most tokens is not among those of most bytes
+        letters = [dict(messages=[*TALK[:2], dict(role="assistant", content="\n" * 200)])] * 70
+        plans["many tokens"] = sft(shop, "max_length=290", train=data("o.parquet", letters + [dict(messages=[*TALK[:2], dict(role="assistant", content="y" * 300)])]))
+        # structured calls far behind the first rows
+        plans["late call"] = sft(shop, model=placed, train=data("p.parquet", [dict(messages=TALK)] * 400 + whole[:1]))
         plans["role"] = sft(shop, val=data("m.parquet", [dict(messages=TALK), dict(messages=[dict(role="judge", content="x"), *TALK[1:]])]))
         with running_server(MiniWeb(World("dry"))) as address:
             dead = {"dead": rl(shop, retrieval="http://127.0.0.1:9"), "alive": rl(shop, retrieval=address)}
@@ -666,6 +826,25 @@ def _empty(pa, pq, tmp):
 @needs_verl
 def test_the_embedded_template_suits_verls_own_data_set(dry):
     assert dry["verl's own is right"]["error"] is None and "ids and mask equal ours" in "\n".join(dry["verl's own is right"]["done"])
+
+
+@needs_verl
+def test_the_rows_compared_are_those_of_verl_s_first_batch():
+    "Over all ranks, as verl's trainer makes its sampler."
+    code = """
+from torch.utils.data import DistributedSampler as D
+from webseer.launch import _first_rows
+for n, batch, dp in ((100, 16, 4), (67, 64, 2), (64, 64, 1)):
+    rows = []
+    for rank in range(dp):
+        s = D(range(n), shuffle=True, num_replicas=dp, rank=rank, drop_last=True)
+        s.set_epoch(epoch=0)
+        rows += list(s)[:batch // dp]
+    assert sorted(rows) == _first_rows(n, batch, True)
+assert _first_rows(100, 16, False) == list(range(16))
+assert _first_rows(100, 16, True) != list(range(16))
+"""
+    assert subprocess.run([PYTHON, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).returncode == 0
 
 
 @needs_verl
@@ -697,6 +876,8 @@ def test_dry_runs_of_every_algorithm(dry, name):
 @needs_verl
 @pytest.mark.parametrize("key, message", [
     ("unknown", "verl does not know the setting actor_rollout_ref.rollout.temprature; did you mean actor_rollout_ref.rollout.temperature?"),
+    ("estimator", "verl has no estimator 'grop': did you mean 'grpo'"), ("few val", "n.parquet has 63 rows, less than a batch of 64"), ("few val", "webseer data sft --test SHARE"),
+    ("many tokens", "row 71, field messages: it has"), ("late call", "row 401, field messages"),
     ("unknown leaf", "actor_rollout_ref.rollout.multi_turn.max_assistant_turns"),
     ("known already", "write it without the +"), ("gone", "did you mean actor_rollout_ref.rollout.multi_turn.max_"),
     ("architecture", "14b is a Qwen2ForCausalLM, but the profile is for Qwen3ForCausalLM"),

@@ -362,7 +362,8 @@ def launch(
     stage: Annotated[str, typer.Argument(help="sft or srrl.", show_default=False)],
     profile: Annotated[str, typer.Option("--profile", "-p", help="gpu1, paper-3b, paper-7b, paper-14b or verl-cpu.")] = "gpu1",
     variant: Annotated[str, typer.Option("--variant", help="paper or released: whose settings.")] = "paper",
-    change: Annotated[Optional[list[str]], typer.Option("--set", help="key=value: a setting of the table, a verl_ key of the profile, or a key of verl with dots.", show_default=False)] = None,
+    change: Annotated[Optional[list[str]], typer.Option("--set", help="key=value: a setting of the table, a verl_ key of the profile, "
+        "or a key of verl with dots.", show_default=False)] = None,
     train: Annotated[Optional[Path], typer.Option("--train", help="Parquet. Default: in the profile's folder of data.", show_default=False)] = None,
     val: Annotated[Optional[Path], typer.Option("--val", help="Parquet, likewise.", show_default=False)] = None,
     model: Annotated[Optional[str], typer.Option("--model", "-m", help="Where to start. Default: the profile's, or the last SFT checkpoint.", show_default=False)] = None,
@@ -370,11 +371,10 @@ def launch(
     folder: Annotated[Optional[Path], typer.Option("--folder", help="Of the run.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show and check everything, start nothing.")] = False,
 ):
-    "Train at full scale with verl: show the plan, check it, run it, resume it."
-    if stage not in ("sft", "srrl"): raise WebseerError(f"unknown stage {stage!r}: {nearest(stage, ('sft', 'srrl'))}")
-    p = load_profile(profile)
+    "Train at full scale with verl: show the plan, check it, run it, resume it; for several nodes, write their scripts."
     from webseer.launch import launch as run, miniweb_data
-    from webseer.plan import plan_rl, plan_sft
+    from webseer.plan import plan_rl, plan_sft, settle
+    p, change = settle(load_profile(profile), stage, variant, change)
     if not (p.verl_model or train): miniweb_data(p, tell=typer.echo)          # a model from nothing learns on the mini-web
     more = dict(retrieval=retrieval) if stage == "srrl" else {}
     plan = (plan_sft if stage == "sft" else plan_rl)(p, variant, changes=change, train=train, val=val, model=model, folder=folder, **more)

@@ -7,7 +7,8 @@ __all__ = ['closest', 'search_once', 'messages_of', 'has_nulls', 'check_inside',
            'scripts', 'write', 'ready', 'launch', 'read_metrics', 'save_metrics']
 
 # %% ../nbs/14d_launch.ipynb #2d21393e
-import contextlib, dataclasses, difflib, functools, importlib.util, json, os, re, shlex, signal, subprocess, sys, tempfile, threading, time
+import contextlib, dataclasses, difflib, functools, hashlib, importlib.util, json, math, os, re, shlex, signal, subprocess, sys, tempfile
+import threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,6 +163,11 @@ def _instantiated(run):
         run.made["model"] = _model_config(run)
     return ", ".join(run.made) + " made by verl"
 
+def _know_estimator(name):
+    "Refuse an estimator that verl would look for only after the first rollouts."
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY as known
+    if name not in known: raise WebseerError(f"verl has no estimator {name!r}: {nearest(name, known)}; set algorithm, or verl_algorithm")
+
 def _instantiate_rl(run):
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
@@ -169,6 +175,7 @@ def _instantiate_rl(run):
     refer, critic = need_reference_policy(cfg), need_critic(cfg)
     for part in ("actor", "rollout"): made[part] = _dataclass(cfg.actor_rollout_ref[part], part)
     made["algorithm"] = _dataclass(cfg.algorithm, "algorithm")
+    _know_estimator(cfg.algorithm.adv_estimator)
     if critic: made["critic"] = _dataclass(cfg.critic, "critic")
     try: validate_config(cfg, refer, critic)
     except (ValueError, AssertionError) as e: raise WebseerError(f"verl refuses the plan: {_short(e)}") from None
@@ -255,10 +262,12 @@ def _check_rl_row(path, i, r, known):
 
 # %% ../nbs/14d_launch.ipynb #8a9de81e
 def _longest_prompt(path, rows, tok, most):
-    "Tokens of the longest prompt; characters tell which ones are worth measuring. Raises WebseerError if it is too long."
-    candidates = sorted(range(len(rows)), key=lambda i: -sum(len(m["content"]) for m in rows[i]["prompt"]))[:64]
-    tokens = lambda prompt: tok.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-    sizes = {i: len(tokens(rows[i]["prompt"])) for i in candidates}
+    "Tokens of the longest prompt. Raises WebseerError if it is too long."
+    tokens = lambda prompt: len(tok.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+    own = tokens([dict(role="user", content="")])                                # what the template adds of itself
+    size = [len(to_json(r["prompt"]).encode()) for r in rows]
+    order = sorted(range(len(rows)), key=lambda i: -size[i])
+    sizes = {i: tokens(rows[i]["prompt"]) for n, i in enumerate(order) if n < 64 or size[i] + own > most}
     worst = max(sizes, key=sizes.get)
     if sizes[worst] > most:
         raise _bad(path, worst, "prompt", f"it has {sizes[worst]} tokens, more than max_prompt = {most}: raise max_prompt or drop the row")
@@ -339,35 +348,41 @@ def _same_mask(path, i, key, item, ids, mask, decode):
     return sum(loss)
 
 # %% ../nbs/14d_launch.ipynb #9c67d29b
-def _conversations(path, key, least, table):
-    "The checked conversations of a parquet file."
+def _conversations(path, key, least, more, table):
+    "The checked conversations of a parquet file; `more` says how to get enough of them."
     for c in (key, *({"tools"} & set(table.column_names))):
         spoiled = next((i for i, x in enumerate(table[c].to_pylist()) if has_nulls(x)), None)
         if spoiled is not None:
             raise _bad(path, spoiled, c, "parquet has added null fields to its calls or tools, and they would be trained: "
                                          "write the calls as text (webseer.questions.prepare_sft)")
-    cells, out = table[key].to_pylist(), []
-    if len(cells) < least: raise WebseerError(f"{path} has {len(cells)} rows, less than a batch of {least}: make more data, or lower batch")
-    for i, cell in enumerate(cells):
+    out = []
+    for i, cell in enumerate(table[key].to_pylist()):
         try: out.append(messages_of(cell))
         except WebseerError as e: raise _bad(path, i, key, str(e)) from None
+    if len(out) < least: raise WebseerError(f"{path} has {len(out)} rows, less than a batch of {least}, and verl takes whole batches only: "
+                                            f"make {more}, or lower batch")
     return out
 
 def _check_lengths(path, key, talks, encode, most):
     "Refuse conversations that are too long. No token is shorter than a byte, so only rows of many bytes are encoded."
     size = {i: len(to_json(t).encode()) for i, t in enumerate(talks)}
-    longest = sorted((i for i in size if size[i] > most), key=lambda i: -size[i])[:64]
-    over = {i: n for i in longest if (n := len(encode(i)[0])) > most}
+    over = {i: n for i in size if size[i] > most and (n := len(encode(i)[0])) > most}
     if over:
         worst = max(over, key=over.get)
         raise _bad(path, worst, key, f"it has {over[worst]} tokens, more than max_length = {most} "
-                                     f"({len(over)} of the 64 longest rows are): raise max_length or drop them")
+                                     f"(as {len(over)} of {len(talks)} rows): raise max_length or drop them")
 
-def _first_items(path, key, data, n):
-    "The first rows as verl's data set gives them."
-    out = []
-    for i in range(n):
-        try: out.append(data[i])
+def _first_rows(n, batch, shuffle):
+    "Numbers of the rows in verl's first batch, over all its data-parallel groups."
+    from torch.utils.data import DistributedSampler
+    order = DistributedSampler(range(n), num_replicas=1, rank=0, shuffle=shuffle, drop_last=True)     # its seed is never set
+    return sorted(list(order)[:batch])
+
+def _items(path, key, data, rows):
+    "Rows as verl's data set gives them."
+    out = {}
+    for i in rows:
+        try: out[i] = data[i]
         except Exception as e:
             raise _bad(path, i, key, f"the data set {type(data).__name__} cannot tokenise it ({_short(e, 120)}); "
                                      "data.custom_cls.name=ReflectionSet takes role and content as texts") from None
@@ -382,15 +397,18 @@ def _sft_batch(run):
     codec, key = Codec(tok.backend_tokenizer), cfg.messages_key
     for name in ("train", "val"):
         path = run.d[name]
-        talks = _conversations(path, key, cfg.train_batch_size if name == "train" else 1, _table(path, (key,), "SFT"))
+        more = "more data" if name == "train" else "more test data (webseer data sft --test SHARE), else val_loss is no number"
+        talks = _conversations(path, key, cfg.train_batch_size, more, _table(path, (key,), "SFT"))
         encode = lambda i: encode_messages(codec, talks[i])
         _check_lengths(path, key, talks, encode, cfg.max_length)
         with _quiet(): data = create_sft_dataset([path], cfg, tok, None)
-        items = _first_items(path, key, data, min(len(data), cfg.train_batch_size))
-        trained = sum(_same_mask(path, i, key, item, *encode(i), codec.decode) for i, item in enumerate(items))
+        first = _first_rows(len(data), cfg.train_batch_size, name == "train")
+        called = [i for i, talk in enumerate(talks[:len(data)]) if any(m.get("tool_calls") for m in talk)]
+        items = _items(path, key, data, sorted({*first, *called}))
+        trained = sum(_same_mask(path, i, key, item, *encode(i), codec.decode) for i, item in items.items())
         if not trained: raise WebseerError(f"{path}: no token of the first batch would be trained")
-        SFTTensorCollator(cfg.pad_mode)(items[:4])
-        tokens = sum(len(x["input_ids"]) for x in items)
+        SFTTensorCollator(cfg.pad_mode)([items[i] for i in first[:4]])
+        tokens = sum(len(x["input_ids"]) for x in items.values())
         out.append(f"{name} {len(talks)} rows; of {tokens:,} tokens in {len(items)} rows {trained / tokens:.0%} carry loss, "
                    "ids and mask equal ours")
     return "; ".join(out)
@@ -444,14 +462,15 @@ def check(
     plan: Plan,  # what shall be run
     retrieval: bool = True,  # ask the retrieval server, too
     python: str | None = None,  # a Python with verl; None: `find_verl`
-    seconds: float = 180.0,  # patience
+    seconds: float = 180.0,  # patience, beside what large files of data need
 ) -> list[str]:  # what was checked, one sentence each
     "The dry run. Raises WebseerError with the first thing that is wrong."
     if wrong := problems(plan): raise WebseerError(next(iter(wrong.values())))
     with tempfile.TemporaryDirectory(prefix="webseer-") as tmp:                # a dry run leaves nothing in outputs/
         d = as_dict(plan) | dict(ask_retrieval=retrieval)
         if plan.stage == "srrl": d["agent_yaml"] = str(write_text(Path(tmp)/"agent.yaml", agent_yaml(plan)))
-        said = _ask_verl(plan, d, Path(tmp), python or find_verl(), seconds)
+        megabytes = sum(Path(f).stat().st_size for f in (plan.train, plan.val)) / 1e6
+        said = _ask_verl(plan, d, Path(tmp), python or find_verl(), seconds + 10 * megabytes)
     if said["error"]: raise WebseerError(said["error"])
     return [f"{len(REFUSALS[plan.stage])} known mistakes: none", *said["done"]]
 
@@ -524,7 +543,7 @@ _SBATCH = """\
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output={folder}/slurm-%j.log
+#SBATCH --output="{output}/slurm-%j.log"
 """
 _NODES = """\
 NODES=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
@@ -558,7 +577,8 @@ def _head(plan):
                         folder=shlex.quote(str(plan.folder)), exports=exports)
 
 def _slurm(plan, port):
-    sbatch = _SBATCH.format(stage=plan.stage, variant=plan.variant, nodes=plan.nodes, gpus=plan.gpus, folder=plan.folder)
+    output = str(plan.folder).replace("%", "%%")                              # Slurm's sign for the number of the job and others
+    sbatch = _SBATCH.format(stage=plan.stage, variant=plan.variant, nodes=plan.nodes, gpus=plan.gpus, output=output)
     start = sbatch + _head(plan) + _BEGIN + _NODES
     if plan.stage == "sft": return f"{start}srun --kill-on-bad-exit=1 {_shell(plan, '$HEAD:29500' if plan.nodes > 1 else None)}\n"
     return f"{start}{_START_RAY.replace('PORT', str(port)).replace('GPUS', str(plan.gpus))}{_ON_HEAD} {_shell(plan)}\n"
@@ -567,9 +587,10 @@ def scripts(
     plan: Plan,  # what shall be run
     port: int = 6379,  # of Ray's head
 ) -> dict[str, str]:  # file name -> shell script
-    "run.sh for one machine; for several, the commands of head and workers and a Slurm script."
+    "run.sh for one machine or a running Ray; for several, the commands of head and workers and a Slurm script."
     head = _head(plan)
-    out = {"run.sh": f"{head}{_BEGIN}{_shell(plan)}\n", "slurm.sh": _slurm(plan, port)}
+    out = {"slurm.sh": _slurm(plan, port)}
+    if plan.stage == "srrl" or plan.nodes == 1: out["run.sh"] = f"{head}{_BEGIN}{_shell(plan)}\n"
     if plan.stage == "srrl":
         out["ray_head.sh"] = (f"{head}# on the first node, once; then ray_worker.sh on the others, then run.sh here with RAY_ADDRESS=auto\n"
                               f"{_RAY} start --head --port={port} --num-gpus={plan.gpus}\n")
@@ -594,14 +615,29 @@ _FREE = ("trainer.default_local_dir", "trainer.logger", "trainer.save_freq", "tr
          "trainer.total_epochs", "trainer.max_ckpt_to_keep", "trainer.max_actor_ckpt_to_keep", "trainer.rollout_data_dir",
          "trainer.validation_data_dir", "hydra.run.dir", "trainer.resume_mode", "trainer.project_name", "trainer.experiment_name")
 
+_MEMORY = ("gpu_memory_utilization", "log_prob_micro_batch_size_per_gpu", "param_offload", "optimizer_offload", "offload_policy",
+           "enable_gradient_checkpointing", "enable_activation_offload", "val_before_train")
+
 def _is_plumbing(plan, key):
     "Whether an override says where files lie, how long the run goes on, or how the machine works."
     if key in _FREE or plan.origins[key].startswith("CPU"): return True
-    return key.lstrip("+").startswith(("ray_kwargs.", "transfer_queue.")) or key.endswith(("agent_loop_config_path", "num_workers"))
+    part, _, last = key.lstrip("+").rpartition(".")
+    if last == "ppo_max_token_len_per_gpu": return not plan.get(f"{part}.use_dynamic_bsz")     # else it shapes the micro batches
+    if last in _MEMORY or last in ("agent_loop_config_path", "num_workers"): return True
+    return key.lstrip("+").startswith(("ray_kwargs.", "transfer_queue."))
+
+def _content(path):
+    "The hash of a file of any size; None if there is none."
+    if not Path(path).is_file(): return None
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20): h.update(chunk)
+    return h.hexdigest()[:16]
 
 def _identity(plan):
     "What a run's folder depends on."
     keep = {k: v for k, v in plan.overrides.items() if not _is_plumbing(plan, k)}
+    keep |= {"content of the training file": _content(plan.train), "content of the validation file": _content(plan.val)}
     loop = {f"agent loop: {k}": v for k, v in plan.loop.items() if k not in ("retrieval", "record")}
     return dict(stage=plan.stage, variant=plan.variant, **keep, **loop)
 
@@ -626,8 +662,27 @@ def _check_gpus(plan):
     wants = f"profile {plan.profile.name} wants {plan.gpus} GPU{'s' * (plan.gpus > 1)}"
     if not has_gpu():
         raise WebseerError(f"{wants} and this machine has none: --dry-run checks the plan here, profile verl-cpu trains without")
-    n = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
-    if n < plan.gpus: raise WebseerError(f"{wants} and this machine has {n}: set gpus={n}")
+    have = _gpus()
+    if len(have) < plan.gpus: raise WebseerError(f"{wants} and this machine has {len(have)}: set gpus={len(have)}")
+    small = min((g for g in have[:plan.gpus] if g), default=None)
+    if plan.memory and small and plan.memory.peak > small:
+        raise WebseerError(f"the estimate is {plan.memory.peak:.0f} GiB per GPU and this machine's have {small:.0f}: "
+                           f"set verl_memory={small:.0f} and see what --dry-run advises")
+
+def _gpus():
+    "GiB of each GPU that new processes may use; 0 where it is not known, as for a part of a GPU."
+    ask = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    rows = [[w.strip() for w in l.split(",")] for l in subprocess.run(ask, capture_output=True, text=True).stdout.splitlines()]
+    gib = lambda text: float(text) / 1024 if re.fullmatch(r"[\d.]+", text) else 0.0
+    rows = [(n, uuid, gib(mib)) for n, uuid, mib in (r for r in rows if len(r) == 3)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None: return [m for *_, m in rows]
+    out = []
+    for name in filter(None, map(str.strip, visible.split(","))):
+        found = next((m for n, uuid, m in rows if name == n or name.startswith("GPU-") and uuid.startswith(name)), None)
+        if found is None and not name.startswith("MIG-"): break               # CUDA, too, stops at a name that it does not know
+        out.append(found or 0.0)
+    return out
 
 # %% ../nbs/14d_launch.ipynb #3b9e91e1
 def _end(p):
@@ -666,9 +721,18 @@ def _run(plan, lock, tell, seconds, started):
             raise
         finally: clock.cancel()
 
+def _hand_over(plan, tell):
+    "Write what a scheduler starts."
+    with sole_user(plan.folder):
+        claim(plan.folder, **_identity(plan))
+        write(plan)
+    by_hand = "" if plan.stage == "sft" else ", or by hand ray_head.sh, ray_worker.sh on the other nodes, and RAY_ADDRESS=auto run.sh"
+    tell(f"nothing was started: {plan.nodes} nodes are started by a scheduler; sbatch {shlex.quote(str(plan.folder/'slurm.sh'))}{by_hand}")
+    return plan.folder
+
 def launch(
     plan: Plan,  # what shall be run
-    dry_run: bool = False,  # only show and check
+    dry_run: bool = False,  # only show and check; leaves nothing behind
     retrieval: bool = True,  # ask the retrieval server, too
     tell=print,  # called with text for people, and with each line of verl's log
     seconds: float | None = None,  # end verl then; what its last checkpoint holds counts
@@ -678,6 +742,7 @@ def launch(
     show(plan, tell)
     for line in check(plan, retrieval): tell(f"ok · {line}")
     if dry_run: return plan.folder
+    if plan.nodes > 1 and (plan.stage == "sft" or not os.environ.get("RAY_ADDRESS")): return _hand_over(plan, tell)
     ready(plan)
     with sole_user(plan.folder) as lock:
         claim(plan.folder, **_identity(plan))
@@ -747,7 +812,8 @@ def read_metrics(
 def save_metrics(
     folder,  # of a run
 ) -> Path | None:  # metrics.jsonl; None if there was nothing to save
-    "Write `read_metrics` as metrics.jsonl beside the run, all or nothing."
+    "Write `read_metrics` as metrics.jsonl beside the run, all or nothing. JSON knows no NaN: such a number becomes null."
     try: rows = read_metrics(folder)
     except WebseerError: return None
-    return write_text(Path(folder)/"metrics.jsonl", "".join(to_json(r) + "\n" for r in rows))
+    known = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+    return write_text(Path(folder)/"metrics.jsonl", "".join(to_json({k: known(v) for k, v in r.items()}) + "\n" for r in rows))

@@ -6,10 +6,10 @@
 __all__ = ['STAGES', 'VARIANTS', 'SFT', 'RL', 'ALGORITHMS', 'HUB', 'OVERHEAD', 'RAY_ENV', 'ROLLOUTS', 'HEADS', 'REFUSALS',
            'Setting', 'pairs', 'Value', 'resolve', 'settings_table', 'find_verl', 'shown_python', 'hydra_word', 'Shape',
            'model_shape', 'outline', 'Memory', 'sft_memory', 'rl_memory', 'Plan', 'run_folder', 'last_checkpoint',
-           'find_package', 'with_package', 'new_log', 'plan_sft', 'plan_rl', 'problems', 'show']
+           'find_package', 'with_package', 'new_log', 'plan_sft', 'plan_rl', 'settle', 'problems', 'show']
 
 # %% ../nbs/14c_plan.ipynb #de33b9cf
-import dataclasses, importlib.util, json, os, re, shlex, sys
+import dataclasses, importlib.util, json, math, os, re, shlex, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,9 @@ class Setting:
     note: str = ""  # what else one should know
     use: object = None  # passed on instead of the published value, for the reason in `note`
     field: str = ""  # field of the profile that decides instead of the published value, for the reason in `note`
+
+    @property
+    def fixed(self): return self.field.startswith("verl_")  # the profile alone decides: a change goes to the field
 
 STAGES, VARIANTS = {}, ("paper", "released")  # stage -> its settings
 _SFT, _RL, _TOOL, _OLD = "SFT scripts", "run_re_rag.sh", "re_rag_tool.py", "default of the older verl"
@@ -57,6 +60,11 @@ SFT = STAGES["sft"] = (
     Setting("checkpointing", "model.enable_gradient_checkpointing", "recompute activations instead of keeping them", None, True, _OLD),
     Setting("strategy", "engine.strategy", "how weights are spread over the GPUs", None, "fsdp2", _OLD, note="verl now: fsdp"),
     Setting("offload", "engine.param_offload", "weights and optimizer wait in the machine's memory", None, False, _SFT),
+    Setting("offload_policy", "engine.offload_policy", "they also wait while other layers are computed", None, False, _SFT,
+            note="called cpu_offload there"),
+    Setting("remote_code", "model.trust_remote_code", "run code that comes with the model", None, True, _SFT, use=False,
+            note="Qwen2.5 comes with none"),
+    Setting("nodes", "trainer.nnodes", "machines", None, 1, _SFT, field="verl_nodes", note="the profile's machines"),
     Setting("gpus", "trainer.n_gpus_per_node", "GPUs of one node", None, 8, _SFT, note="no more than the profile's machine has"),
     Setting("save_freq", "trainer.save_freq", "updates between checkpoints", None, None, _SFT, "after_each_epoch",
             "ours, so that a kill costs an epoch at most"),
@@ -76,7 +84,7 @@ RL = STAGES["srrl"] = (
     Setting("kl_loss", _A + "use_kl_loss", "add the KL term to the loss", None, True, _RL),
     Setting("kl", _A + "kl_loss_coef", "weight of the KL term", None, 1e-4, _RL),
     Setting("kl_type", _A + "kl_loss_type", "estimator of the KL term", None, "low_var_kl", _RL),
-    Setting("entropy", _A + "entropy_coeff", "weight of a bonus for entropy", None, 0, _RL),
+    Setting("entropy", _A + "entropy_coeff", "weight of a bonus for entropy", None, 0.0, _RL),
     Setting("clip_low", _A + "clip_ratio_low", "how far a probability may fall in one step", None, 0.2, _RL,
             note="the paper says asymmetric, without numbers"),
     Setting("clip_high", _A + "clip_ratio_high", "how far it may rise", None, 0.28, _RL, note="likewise"),
@@ -92,6 +100,8 @@ RL = STAGES["srrl"] = (
     Setting("max_prompt", "data.max_prompt_length", "longest prompt, in tokens", None, 1024, _RL),
     Setting("max_response", "data.max_response_length", "longest response, in tokens", None, 30000, _RL, note="tool text included"),
     Setting("truncation", "data.truncation", "what becomes of longer prompts", None, "error", _RL),
+    Setting("filter_overlong", "data.filter_overlong_prompts", "drop longer prompts before training", None, False, _RL),
+    Setting("raw_chat", "data.return_raw_chat", "give the agent loop the messages, not only their tokens", None, True, _RL),
     Setting("lr", _A + "optim.lr", "learning rate", None, 1e-6, _RL, note="constant"),
     Setting("steps", "trainer.total_training_steps", "steps at most", 100, 200, _RL, note="a cap; the released rollouts are of step 140"),
     Setting("epochs", "trainer.total_epochs", "passes over the questions", None, 3, _RL),
@@ -99,7 +109,8 @@ RL = STAGES["srrl"] = (
     Setting("temperature", _R + "temperature", "how freely the policy samples", None, 0.6, _RL),
     Setting("top_k", _R + "top_k", "most likely tokens to sample from; -1: all", None, 50, _RL),
     Setting("top_p", _R + "top_p", "share of the probability to sample from", None, 1.0, _OLD),
-    Setting("max_turns", _R + "multi_turn.max_assistant_turns", "replies of one rollout", 30, 20, _RL, note="called max_turns there"),
+    Setting("max_turns", _R + "multi_turn.max_assistant_turns", "replies of one rollout", 30, 20, _RL,
+            note="called max_turns there; the paper lets 50 at inference"),
     Setting("max_submissions", "", "answers that one rollout may submit", 20, 5, _TOOL),
     Setting("alpha", "", "factor on the reward per submission", None, 0.8, _TOOL, note="paper: between 0 and 1"),
     Setting("first_gold", "", "score with the first accepted answer alone", None, True, _TOOL, False,
@@ -116,12 +127,20 @@ RL = STAGES["srrl"] = (
     Setting("tools", "", "web (whole pages), or statements for the mini-web", None, None, _TOOL, "web", "ours"),
     Setting("record", "", "keep trajectories with tokens and mask in the run's folder", None, None, "", True, "ours"),
     # the machine
+    Setting("rollout", _R + "name", "who generates", None, "sglang_async", _RL, field="verl_rollout", note="that name is gone from verl"),
+    Setting("offload", _A + "fsdp_config.param_offload", "weights wait in the machine's memory while the GPU generates", None, True, _RL,
+            field="verl_offload", note="the profile knows the memory of its machine"),
+    Setting("offload_optimizer", _A + "fsdp_config.optimizer_offload", "the optimizer waits there, too", None, True, _RL,
+            field="verl_offload", note="likewise"),
+    Setting("offload_ref", "actor_rollout_ref.ref.fsdp_config.param_offload", "the reference model waits there, too", None, True, _RL,
+            field="verl_offload", note="likewise; verl does so in any case"),
+    Setting("nodes", "trainer.nnodes", "machines", None, 1, _RL, field="verl_nodes", note="the profile's machines"),
     Setting("sp", _A + "ulysses_sequence_parallel_size", "GPUs that share one sequence (Ulysses)", None, 2, _RL),
     Setting("remove_padding", _M + "use_remove_padding", "compute no padding", None, True, _RL),
     Setting("checkpointing", _M + "enable_gradient_checkpointing", "recompute activations instead of keeping them", None, True, _RL),
     Setting("activation_offload", _M + "enable_activation_offload", "activations wait in the machine's memory", None, False, _RL,
             note="the script says enable_activation_offloading, which the code never read"),
-    Setting("strategy", _A + "strategy", "how weights are spread over the GPUs", None, "fsdp2", _RL),
+    Setting("strategy", _A + "strategy", "how weights are spread over the GPUs", None, "fsdp2", _RL, note="the reference model's, too"),
     Setting("tp", _R + "tensor_model_parallel_size", "GPUs that share one rollout engine", None, 1, _RL, note="verl's default is 2"),
     Setting("rollout_memory", _R + "gpu_memory_utilization", "share of a GPU's memory for the rollout engine", None, 0.7, _RL),
     Setting("log_prob_micro", _R + "log_prob_micro_batch_size_per_gpu", "rollouts that a GPU scores at once", None, 4, _RL),
@@ -205,21 +224,59 @@ def _decide(s, variant, profile, given):
     return value, origin
 
 # %% ../nbs/14c_plan.ipynb #66cba84a
+_COUNTS = ("max_length", "batch", "micro_batch", "epochs", "steps", "sp", "gpus", "keep", "prompts", "group", "mini", "max_prompt",
+           "max_response", "max_turns", "max_submissions", "l_max", "k", "max_calls", "tp", "log_prob_micro", "ref_log_prob_micro",
+           "max_tokens_gpu")
+_RANGE = {  # our key -> smallest and largest value
+    **dict.fromkeys(_COUNTS, (1, None)), **dict.fromkeys(("l_expect", "max_new", "critic_warmup"), (0, None)),
+    **dict.fromkeys(("lr", "weight_decay", "kl", "entropy", "clip_low", "clip_high"), (0, None)), "grad_clip": (1e-9, None),
+    "clip_dual": (1, None), "temperature": (0.01, None), "top_k": (-1, None), "top_p": (1e-9, 1), "warmup": (0, 1), "alpha": (0, 1),
+    "rollout_memory": (0.01, 1)}
+_NONE = ("steps", "keep")  # may be null: no limit
+_FREQ = ("save_freq", "test_freq")
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list of numbers"}
+
 def _fits(value, like):
     "Whether a value is of the kind of a published one."
-    if like is None or value is None: return True
     if isinstance(like, bool) or isinstance(value, bool): return isinstance(like, bool) and isinstance(value, bool)
-    if isinstance(like, float): return isinstance(value, (int, float))
+    if isinstance(like, float): return isinstance(value, (int, float)) and math.isfinite(value)
     if isinstance(like, int): return isinstance(value, int) or isinstance(value, float) and value.is_integer()
-    return isinstance(value, type(like)) or like == "after_each_epoch" and isinstance(value, int)
+    if isinstance(like, list): return isinstance(value, list) and len(value) == len(like) and all(map(_fits, value, like))
+    return isinstance(value, type(like))
+
+def _frequency(value, stage, said):
+    "How often something happens, in updates."
+    words = ("after_each_epoch",) if stage == "sft" else ()
+    if value in words or _fits(value, 1) and (value == -1 or value >= 1): return value if value in words else int(value)
+    raise WebseerError(f"{said}: give a whole number of updates, -1 for never{', or after_each_epoch' if words else ''}")
+
+def _checked(s, value, where, stage):
+    "A setting's value as verl wants it. Raises WebseerError if nothing can come of it."
+    said = f"setting {s.key} ({where}) is {'null' if value is None else repr(value)}"
+    if s.key in _FREQ: return _frequency(value, stage, said)
+    if value is None and s.key in _NONE: return None
+    least, most = _RANGE.get(s.key, (None, None))
+    like = next((v for v in (s.released, s.paper, s.plain, least) if v is not None), "")
+    if not _fits(value, like): raise WebseerError(f"{said}, which is no {type(like).__name__}: give {_KINDS[type(like)]}"
+                                                  + (f", {len(like)} of them" if isinstance(like, list) else ""))
+    if least is not None and value < least: raise WebseerError(f"{said}: it must be at least {least:g}")
+    if most is not None and value > most: raise WebseerError(f"{said}: it must be at most {most:g}")
+    if s.key == "top_k" and value == 0: raise WebseerError(f"{said}: give -1 for all tokens, or at least 1")
+    if s.key == "betas" and not all(0 <= v < 1 for v in value): raise WebseerError(f"{said}: both must be at least 0 and less than 1")
+    return int(value) if isinstance(like, int) and not isinstance(like, bool) else value
 
 def _check_given(values, where, rows, stage):
-    "Refuse keys that no setting has, and values of another kind."
-    by = {s.key: s for s in rows}
+    "Changes as verl wants them; refuses keys that no setting has, and values of another kind or out of range."
+    by, out = {s.key: s for s in rows}, {}
     for key, value in values.items():
         if key not in by: raise WebseerError(f"unknown setting {key!r} ({where}) of {stage}: {nearest(key, by)}")
-        like = next((v for v in (by[key].released, by[key].paper, by[key].plain) if v is not None), None)
-        if not _fits(value, like): raise WebseerError(f"setting {key} ({where}) is {value!r}, which is no {type(like).__name__}")
+        if by[key].fixed: raise WebseerError(f"setting {key} ({where}) is decided by the profile: set {by[key].field}")
+        out[key] = _checked(by[key], value, where, stage)
+    return out
+
+def _refuse_unknown(stage, variant):
+    if stage not in STAGES: raise WebseerError(f"unknown stage {stage!r}: {nearest(stage, STAGES)}")
+    if variant not in VARIANTS: raise WebseerError(f"unknown variant {variant!r}: {nearest(variant, VARIANTS)}")
 
 def resolve(
     stage: str,  # sft or srrl
@@ -228,11 +285,10 @@ def resolve(
     changes: dict | None = None,  # our key -> value
 ) -> dict[str, Value]:  # our key -> Value, in the order of the table
     "Every setting of a stage with its origin. Raises WebseerError for an unknown stage, variant or key, and for a value of the wrong kind."
-    if stage not in STAGES: raise WebseerError(f"unknown stage {stage!r}: {nearest(stage, STAGES)}")
-    if variant not in VARIANTS: raise WebseerError(f"unknown variant {variant!r}: {nearest(variant, VARIANTS)}")
+    _refuse_unknown(stage, variant)
     rows, name = STAGES[stage], "verl_sft" if stage == "sft" else "verl_rl"
     given = [("--set", changes or {}), (f"profile {profile.name}", pairs(getattr(profile, name), f"{name} of profile {profile.name}"))]
-    for where, values in given: _check_given(values, where, rows, stage)
+    given = [(where, _check_given(values, where, rows, stage)) for where, values in given]
     if stage == "srrl": given.append((f"algorithm {profile.verl_algorithm}", ALGORITHMS[profile.verl_algorithm][0]))
     return {s.key: Value(s, *_decide(s, variant, profile, given)) for s in rows}
 
@@ -521,13 +577,28 @@ def last_checkpoint(
     return next((p for p in (base/"actor"/"huggingface", base/"huggingface") if (p/"config.json").is_file()), None)
 
 # %% ../nbs/14c_plan.ipynb #28a74871
+_DECIDED = {  # verl's name -> what to change instead
+    "data.train_files": "--train", "data.val_files": "--val", "model.path": "--model", _M + "path": "--model",
+    "trainer.default_local_dir": "--folder", "trainer.device": "verl_device", "trainer.logger": "verl_loggers"}
+
+def _own_key(key, stage, given):
+    "Our name of a setting that was given by verl's name; None if it is verl's alone. Raises WebseerError for what the launcher decides."
+    bare = key.lstrip("+~")
+    s = next((s for s in STAGES[stage] if s.verl and s.verl.lstrip("+") == bare), None)
+    if instead := s.field if s and s.fixed else _DECIDED.get(bare): raise WebseerError(f"{bare} (--set) is the launcher's: use {instead}")
+    if s and key.startswith("~"): raise WebseerError(f"{key} (--set) would leave a published setting out: set {s.key} to another value")
+    if s and s.key in given: raise WebseerError(f"{key} (--set) is our setting {s.key}, which is given, too: keep one of the two")
+    return s.key if s else None
+
 def _sorted_changes(profile, changes, stage):
     "The changed profile, changes of our settings, and changes in verl's own names. Raises WebseerError for a name that nobody knows."
     known, ours, raw, mine = {s.key for s in STAGES[stage]}, {}, {}, {}
-    for key, value in pairs(changes).items():
+    for key, value in (given := pairs(changes)).items():
         if key.startswith("verl_"): mine[key] = value
         elif key in known: ours[key] = value
-        elif "." in key or key[:1] in "+~": raw[key] = value
+        elif "." in key or key[:1] in "+~":
+            if own := _own_key(key, stage, known & {*given, *ours}): ours[own] = value
+            else: raw[key] = value
         else: raise WebseerError(f"unknown setting {key!r} (--set): {nearest(key, sorted(known))}; or give verl's own name, with dots")
     if mine:
         name = profile.name if profile.name in profile_names() else "laptop"           # any will do: only the changed fields are taken
@@ -573,6 +644,7 @@ def new_log(
 # %% ../nbs/14c_plan.ipynb #90df3413
 def _begin(stage, profile, variant, changes, train, val, folder):
     "A plan with what both stages share."
+    _refuse_unknown(stage, variant)
     profile, ours, raw = _sorted_changes(profile, changes, stage)
     folder = Path(folder or run_folder(profile, stage, variant)).absolute()
     data = (Path(profile.verl_data) if profile.verl_data else run_dir(profile)/"verl"/"data")/("sft" if stage == "sft" else "rl")
@@ -582,10 +654,14 @@ def _begin(stage, profile, variant, changes, train, val, folder):
         if v.setting.verl: plan.put(v.origin, {v.setting.verl: v.value})
     loggers = list(dict.fromkeys([*profile.verl_loggers, "file"]))             # `file` is what read_metrics reads
     plan.put("launcher", dict(
-        project_name="webseer", experiment_name=f"{profile.name}-{stage}-{variant}", nnodes=profile.verl_nodes, logger=loggers,
+        project_name="webseer", experiment_name=f"{profile.name}-{stage}-{variant}", logger=loggers,
         default_local_dir=str(folder/"checkpoints"), resume_mode="auto", device=profile.verl_device), "trainer.")
     plan.put("launcher", {"data.train_files": train, "data.val_files": val, "hydra.run.dir": str(folder/"hydra")})
     return plan
+
+def _start_of(model):
+    "A model by its name or its folder; verl runs elsewhere, so a folder is named from the root."
+    return str(Path(model).absolute()) if Path(model).is_dir() else str(model)
 
 def _finish(plan):
     "Add what the machine asks for and the user's own words, and estimate."
@@ -603,10 +679,11 @@ def _finish(plan):
     return plan
 
 def _for_cpu(plan):
-    "Overrides of chapter 14b; who generates stays the profile's choice."
+    "Overrides of chapter 14b; who generates stays the profile's choice, and what was set by hand stays for the refusals below."
     from webseer.verl_cpu import RL_CPU, SFT_CPU
     for word in SFT_CPU if plan.stage == "sft" else RL_CPU:
         key, _, value = word.partition("=")
+        if plan.origins.get(key) == "--set" and not key.startswith("trainer."): continue
         plan.put("CPU (chapter 14b)", {key: plan.profile.verl_rollout if key == _R + "name" else _parse(value)})
 
 def _estimate(plan, offload):
@@ -631,7 +708,7 @@ def plan_sft(
     "Plan supervised fine-tuning on reflection data. Raises WebseerError for unknown settings and for a model folder that is missing."
     plan = _begin("sft", profile, variant, changes, train, val, folder)
     p = plan.profile
-    plan.model = str(model or p.verl_model or run_dir(p, p.seeds[0])/"untrained"/"checkpoint")
+    plan.model = _start_of(model or p.verl_model or run_dir(p, p.seeds[0])/"untrained"/"checkpoint")
     plan.put("launcher", {"model.path": plan.model, **_SAVED})
     plan.put(plan.values["offload"].origin, {"engine.optimizer_offload": plan["offload"]})
     plan.put("launcher", {"pad_mode": "no_padding", "messages_key": "messages", "custom_cls.path": "pkg://webseer.verl_loop",
@@ -652,9 +729,10 @@ def plan_rl(
     "Plan self-reflective reinforcement learning. Raises WebseerError for unknown settings and for a model that is missing."
     plan = _begin("srrl", profile, variant, changes, train, val, folder)
     p, before = plan.profile, run_folder(plan.profile, "sft", variant)
-    plan.model = str(model or p.verl_start or last_checkpoint(before) or "")
-    if not plan.model:
+    start = model or p.verl_start or last_checkpoint(before)
+    if not start:
         raise WebseerError(f"no SFT checkpoint in {before}/checkpoints: run `webseer launch sft` first, or name a model with verl_start")
+    plan.model = _start_of(start)
     _put_models(plan)
     _put_rollout(plan)
     plan.put(f"algorithm {p.verl_algorithm}", ALGORITHMS[p.verl_algorithm][1])
@@ -665,17 +743,13 @@ def plan_rl(
 
 def _put_models(plan):
     "The policy and the reference model."
-    offload = plan.profile.verl_offload
     plan.put("launcher", {_M + "path": plan.model, **{_A + k: v for k, v in _SAVED.items()}})
-    plan.put(f"profile {plan.profile.name}", {_A + "fsdp_config.param_offload": offload, _A + "fsdp_config.optimizer_offload": offload,
-                                              "actor_rollout_ref.ref.fsdp_config.param_offload": offload})
     plan.put(plan.values["strategy"].origin, {"actor_rollout_ref.ref.strategy": plan["strategy"]})
 
 def _put_rollout(plan):
     "Who generates, and what verl is told about the agent loop."
-    plan.put(_RL, dict(return_raw_chat=True, filter_overlong_prompts=False), "data.")
     plan.put("launcher", {
-        "name": plan.profile.verl_rollout, "mode": "async", "max_model_len": plan["max_prompt"] + plan["max_response"],
+        "mode": "async", "max_model_len": plan["max_prompt"] + plan["max_response"],
         "multi_turn.enable": True, "multi_turn.max_parallel_calls": 16, "multi_turn.max_tool_response_length": 100_000,
         "multi_turn.tool_response_truncate_side": "right", "multi_turn.format": "hermes",
         "agent.num_workers": plan.profile.verl_workers, "agent.default_agent_loop": "webseer",
@@ -717,14 +791,41 @@ def _notes(plan):
         yield ("dynamic sampling asks further questions until enough groups differ within themselves, and verl 0.9.1 sets no limit: "
                "if training/filter_groups/evicted_samples grows, the questions are too easy or too hard")
 
+# %% ../nbs/14c_plan.ipynb #70d8134c
+def settle(
+    profile: Profile,  # run profile
+    stage: str,  # sft or srrl
+    variant: str = "paper",  # paper or released
+    changes=None,  # as in `plan_sft`
+) -> tuple[Profile, dict]:  # the profile with its verl_ keys changed, and the other changes
+    "Check stage, variant and changes without data or model. Raises WebseerError as `plan_sft` and `plan_rl` do."
+    _refuse_unknown(stage, variant)
+    profile, ours, raw = _sorted_changes(profile, changes, stage)
+    values = resolve(stage, profile, variant, ours)
+    if stage == "srrl": _loop(Plan(stage, variant, profile, Path(), "", values, {}, {}, {}, "", ""), profile.verl_retrieval)
+    return profile, ours | raw
+
 # %% ../nbs/14c_plan.ipynb #266c23b1
+def _ulysses(p):
+    "GPUs that share one sequence; each model has a number of its own."
+    return {int(p.get(k + "ulysses_sequence_parallel_size") or 1) for k in (_A, "engine.", "critic.")}
+
 def _no_flash(p):
-    keys = (_A + "ulysses_sequence_parallel_size", "engine.ulysses_sequence_parallel_size", "critic.ulysses_sequence_parallel_size")
-    sp = max(int(p.get(k) or 1) for k in keys)
+    sp = max(_ulysses(p))
     attention = p.get(("model." if p.stage == "sft" else _M) + "override_config.attn_implementation", "flash_attention_2")
     if sp > 1 and attention != "flash_attention_2":                      # verl patches flash attention only
         return (f"sequence parallelism over {sp} GPUs with {attention} gives wrong losses without an error: "
                 "set sp=1, or verl_attention=flash_attention_2")
+
+def _shared_heads(p):
+    if p.shape is None: return None
+    heads, kv = p.shape.heads, p.shape.kv_heads
+    fits = lambda n: heads % n == 0 and (kv % n == 0 or n % kv == 0)       # else verl fails once it has loaded the model
+    for sp in _ulysses(p):
+        if not fits(sp):
+            may = [n for n in range(1, p.world + 1) if p.world % n == 0 and fits(n)]
+            return (f"{heads} attention heads with {kv} heads of keys cannot be shared by sp = {sp} GPUs: "
+                    f"set sp to {' or '.join(map(str, may))}")
 
 def _division(p):
     sp, groups = int(p["sp"]), p.world // int(p["sp"])
@@ -756,6 +857,7 @@ def _tensor_parallel(p):
     if tp > p.world:
         return (f"the rollout engine wants {tp} GPUs for one copy of the model (verl's default is 2) but there are {p.world}: "
                 f"set tp={p.world}")
+    if p.world % tp: return f"{p.world} GPUs cannot be divided into rollout engines of tp = {tp} GPUs: set tp to a divisor of {p.world}"
     if p.shape and p.shape.heads % tp: return f"{p.shape.heads} attention heads cannot be shared by tp = {tp} GPUs: set tp to a divisor"
 
 # %% ../nbs/14c_plan.ipynb #6907b8b6
@@ -775,6 +877,13 @@ def _short_answers(p):
 def _one_call(p):
     if int(p.get(_R + "multi_turn.max_parallel_calls", 1)) <= 1:
         return f"only the first call of a reply would be carried out (verl's default): set {_R}multi_turn.max_parallel_calls=16"
+
+def _estimator(p):
+    how = p.get("algorithm.adv_estimator")
+    if how in ALGORITHMS and how != ALGORITHMS[how][0].get("algorithm", how):
+        return f"verl has no estimator {how!r}, which is an algorithm with more settings: leave out algorithm, set verl_algorithm={how}"
+    if how == "gae" and p.profile.verl_algorithm != "ppo":
+        return "the estimator gae needs PPO's critic, which nobody has set up: leave out algorithm, set verl_algorithm=ppo"
 
 def _trailing(p):
     how = p.get("algorithm.adv_estimator")
@@ -906,13 +1015,14 @@ def _files(p):
         if not Path(path).is_file(): return f"the {what} file {path} does not exist: {why}; name it with --{option}"
 
 # %% ../nbs/14c_plan.ipynb #b225cba7
-_BOTH = {"old-fsdp": _old_fsdp, "sequence-parallel": _no_flash, "division": _division, "micro-batches": _micro_batches,
-         "model": _model, "memory": _memory, "offload-policy": _offload_policy, "files": _files}
+_BOTH = {"old-fsdp": _old_fsdp, "sequence-parallel": _no_flash, "shared-heads": _shared_heads, "division": _division,
+         "micro-batches": _micro_batches, "model": _model, "memory": _memory, "offload-policy": _offload_policy, "files": _files}
 REFUSALS = {
     "sft": {"truncation": _cut_right, "pad-mode": _pad_mode, **_BOTH},
     "srrl": {
         "misspelled": _misspelled, "legacy-reward": _legacy_reward, "ignored-key": _ignored, "old-trainer": _old_trainer,
-        "rollout-name": _rollout_name, "single-turn": _single_turn, "tool-text": _short_answers, "parallel-calls": _one_call,
+        "rollout-name": _rollout_name, "estimator": _estimator, "single-turn": _single_turn, "tool-text": _short_answers,
+        "parallel-calls": _one_call,
         "failed-groups": _failed_groups, "tensor-parallel": _tensor_parallel, "reward-manager": _dapo_manager,
         "group-metric": _group_metric, "top-k-correction": _top_k_correction, "trailing-tokens": _trailing,
         "critic-attention": _critic_attention, "head-width": _heads, **_BOTH}}
