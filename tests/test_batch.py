@@ -1,7 +1,6 @@
 """The queue: what is finished stays finished, once, whatever ends the run; and question sets in all their spellings."""
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys

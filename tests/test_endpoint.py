@@ -6,7 +6,6 @@ import json
 import logging
 import random
 import re
-import time
 from types import SimpleNamespace
 
 import pytest

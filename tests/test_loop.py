@@ -26,10 +26,10 @@ from webseer.core import WebseerError
 from webseer.endpoint import EndpointPolicy
 from webseer.reading import CONTROL_NAMES
 from webseer.released import published
-from webseer.remote import Transient, running_app
+from webseer.remote import running_app
 from webseer.retrieval import Hit, Page, PageNotFound
 from webseer.tools import AsyncTools, ToolError, ToolFailed, Tools, WebTools
-from webseer.trace import block, safe
+from webseer.trace import block
 from webseer.traj import STOPS, Traj, events, load_trajs, save_trajs, trace_html
 
 N_MUTATED, N_INVENTED = 98_500, 1_500

@@ -1,5 +1,5 @@
 "The whole line at toy size: determinism, resuming, bad input. Numbers here mean nothing; that they repeat does."
-import dataclasses, errno, filecmp, json, os
+import dataclasses, errno, filecmp, json
 
 import pytest
 import torch

@@ -1,12 +1,10 @@
 import asyncio
-import json
 import random
 import time
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from starlette.responses import JSONResponse
 
 from webseer.core import WebseerError, to_json
 from webseer.remote import Transient, running_app

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from webseer.agent import ASSISTANT, ScriptedPolicy, call_text, first_messages, render, rollout, run_sync
+from webseer.agent import call_text, first_messages, rollout, run_sync
 from webseer.core import WebseerError, load_profile
 from webseer.model import CHAT_TEMPLATE, Codec, ModelConfig, Qwen2, init_weights, save_checkpoint
 from webseer.questions import rl_rows, save_rl, sft_trajs
@@ -29,7 +29,7 @@ from webseer.sft import encode_messages
 from webseer.synth import save_text
 from webseer.tools import TOOLS, Tools
 from webseer.traj import STOPS
-from webseer.verl_cpu import RL_CPU, SFT_CPU, Continuer, cpu_env, load_hf, use_cpu
+from webseer.verl_cpu import RL_CPU, Continuer, cpu_env, load_hf, use_cpu
 from webseer.verl_loop import (READER_NUMBERS, EngineChat, EngineReader, agent_config, compute_score, encode_chat, loop_settings, record_row,
                                lost_groups, recorded, rollout_metrics, row_question, run_row, tool_config, trim, worlds_app)
 from webseer.world import Question, World, WorldConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from webseer.agent import Budget, ContextFull, rollouts, run_sync
+from webseer.agent import Budget, rollouts, run_sync
 from webseer.core import WebseerError, load_profile, root
 
 pytestmark = pytest.mark.skipif(not os.environ.get("WEBSEER_VLLM"), reason="needs vLLM: run `make test-vllm`, or set WEBSEER_VLLM to the program")

@@ -444,6 +444,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'webseer.launch._quiet': ('launch.html#_quiet', 'webseer/launch.py'),
                                 'webseer.launch._reference': ('launch.html#_reference', 'webseer/launch.py'),
                                 'webseer.launch._refuse_keyword': ('launch.html#_refuse_keyword', 'webseer/launch.py'),
+                                'webseer.launch._refuse_twins': ('launch.html#_refuse_twins', 'webseer/launch.py'),
                                 'webseer.launch._rl_batch': ('launch.html#_rl_batch', 'webseer/launch.py'),
                                 'webseer.launch._rl_columns': ('launch.html#_rl_columns', 'webseer/launch.py'),
                                 'webseer.launch._rollout_class': ('launch.html#_rollout_class', 'webseer/launch.py'),

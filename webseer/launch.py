@@ -260,6 +260,14 @@ def _check_rl_row(path, i, r, known):
     if not isinstance(truth, (str, list, dict)) or not truth: raise _bad(path, i, "reward_model", "it has no ground_truth")
     if not isinstance(info, dict) or "index" not in info: raise _bad(path, i, "extra_info", "it has no index")
 
+def _refuse_twins(path, rows):
+    "A rollout is known by its question's index and its number in the group, so no two questions of a file may share an index."
+    first = {}
+    for i, r in enumerate(rows):
+        at = str(r["extra_info"].get("split")), str(r["extra_info"]["index"])
+        if first.setdefault(at, i) != i:
+            raise _bad(path, i, "extra_info", f"row {first[at] + 1} has the same index {at[1]}: number the rows (webseer data prepare does)")
+
 # %% ../nbs/14d_launch.ipynb #8a9de81e
 def _longest_prompt(path, rows, tok, most):
     "Tokens of the longest prompt. Raises WebseerError if it is too long."
@@ -283,6 +291,7 @@ def _rl_batch(run):
         path = run.d[name]
         rows = _table(path, ("data_source", "prompt", "agent_name", "reward_model", "extra_info"), "SRRL").to_pylist()
         for i, r in enumerate(rows): _check_rl_row(path, i, r, known)
+        _refuse_twins(path, rows)
         if name == "train" and len(rows) < n:
             raise WebseerError(f"{path} has {len(rows)} rows, less than the {n} questions of a step: prepare more, or lower prompts")
         longest = _longest_prompt(path, rows, tok, cfg.max_prompt_length)

@@ -70,7 +70,8 @@ SFT = STAGES["sft"] = (
             "ours, so that a kill costs an epoch at most"),
     Setting("test_freq", "trainer.test_freq", "updates between validations", None, None, _SFT, "after_each_epoch", "ours"),
     Setting("keep", "trainer.max_ckpt_to_keep", "checkpoints kept", None, None, _SFT, 2, "ours; verl keeps all"),
-    Setting("seed", "trainer.seed", "order of the data", None, None, _SFT, 1, "verl's default"),
+    Setting("seed", "trainer.seed", "kept in the record; verl 0.9.1 orders the data by a seed of 0 whatever it is", None, None, _SFT, 1,
+            "verl's default"),
 )
 
 # %% ../nbs/14c_plan.ipynb #e3139d6e
