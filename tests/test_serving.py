@@ -76,7 +76,8 @@ def test_nothing_outlives_the_command_that_serves(played, number):
     "However the command ends, killed outright or with its terminal."
     command = [sys.executable, "-c", "from webseer.cli import app; app()", "serve-model", played/"checkpoint", "--profile", "smoke",
                "--port", "0", "--log", played/"log"]
-    serving = subprocess.Popen(command, env={**os.environ, "WEBSEER_VLLM": str(played/"vllm")}, stdout=subprocess.PIPE, text=True)
+    serving = subprocess.Popen(command, env={**os.environ, "WEBSEER_VLLM": str(played/"vllm")}, stdout=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))     # nohup would have it ignored
     assert any("answers at" in line for line in serving.stdout)
     pids = pids_in(played/"log")
     assert all(map(lives, pids))
