@@ -95,7 +95,8 @@ def read_json(
 ):  # whatever the JSON holds
     "Decode JSON, also with half a surrogate pair in it (a provider cut an emoji in two); `ValueError` if it is none."
     try: return orjson.loads(content)
-    except ValueError: pass
+    except ValueError as e:                                 # json would use up the stack, and finalizers that run meanwhile would fail
+        if "depth limit" in str(e): raise ValueError("nested too deeply") from None
     try: return json.loads(content)
     except RecursionError: raise ValueError("nested too deeply") from None
 
