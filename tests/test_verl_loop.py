@@ -301,7 +301,7 @@ def test_rollouts_do_not_wait_for_each_other(tok, address):
         rs = await asyncio.gather(*(run_row(row(i), slow, tok, loop_settings(dict(retrieval=address)), 1000, 700) for i in range(20)))
         return rs, time.monotonic() - before
     rs, seconds = run_sync(go())
-    assert all(r.reward == .8 for r in rs) and seconds < 3
+    assert all(r.reward == .8 for r in rs) and seconds < 5.5                             # one after the other takes 6
 
 
 def test_trim(tok, address):
